@@ -1,0 +1,83 @@
+"""The command line: ``salience VERB WHAT``. One file per verb: parse, call, render."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import typer
+
+from salience import __version__
+from salience._lazy import missing_extra
+from salience.cli import papers, reproduce, select
+from salience.errors import SalienceError
+
+app = typer.Typer(
+    name="salience",
+    help="Find out what matters in your data and your model, act on it, and prove that it helped.",
+    epilog="Example: salience select text raw/*.jsonl --target mine.jsonl --count 50000 -o chosen.jsonl",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(select.app, name="select")
+app.add_typer(papers.app, name="papers")
+app.command("reproduce")(reproduce.reproduce)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"salience {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    pass
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt   # SIGTERM unwinds like Ctrl-C, so that temporaries are removed
+
+
+def main() -> None:
+    """Run the command line and turn errors into one sentence and an exit code.
+
+    0 done, 1 a bar was missed or the run failed, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(args=arguments, standalone_mode=True)
+    except KeyboardInterrupt:
+        _stop("interrupted; nothing was left under the output's name", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except SalienceError as error:
+        if debug:
+            raise
+        _stop(str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = missing_extra(error, "this command")
+        if debug or extra is None:
+            raise
+        _stop(str(extra), extra.exit_code)
+    except OSError as error:
+        if debug:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _stop(f"{error.strerror or error}{where}", 1)
+
+
+def _stop(message: str, exit_code: int) -> None:
+    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+    print(f"salience: {printable}", file=sys.stderr)
+    sys.exit(exit_code)

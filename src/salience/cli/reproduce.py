@@ -1,0 +1,5 @@
+"""`salience reproduce`."""
+
+
+def reproduce() -> None:
+    """Measure a paper's claim on this machine."""

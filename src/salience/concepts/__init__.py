@@ -1,0 +1,1 @@
+"""The concepts room: which concepts a network uses."""

@@ -1,0 +1,1 @@
+"""Evidence: runs, outcomes, bars, and the verdicts computed from them."""

@@ -1,0 +1,1 @@
+"""The generation room: what steers a generator."""

@@ -1,0 +1,1 @@
+"""The measures of the field on arrays: no models, no files."""

@@ -1,0 +1,1 @@
+"""Read, observe, cut, batch, fit and rewrite models."""

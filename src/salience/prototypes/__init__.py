@@ -1,0 +1,1 @@
+"""The prototypes room: which examples a decision rests on."""

@@ -1,0 +1,1 @@
+"""The representations room: what a network's representation space holds."""

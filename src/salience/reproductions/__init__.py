@@ -1,0 +1,1 @@
+"""One reproduction script per paper, and the worlds that they share."""

@@ -1,0 +1,1 @@
+"""Small data sets and networks that reproductions and tests share."""

@@ -1,0 +1,1 @@
+"""The tokens room: which tokens matter; attention."""

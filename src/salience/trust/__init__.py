@@ -1,0 +1,1 @@
+"""The trust room: which predictions can be trusted."""
