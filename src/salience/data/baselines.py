@@ -1,0 +1,135 @@
+"""What DSIR is measured against: heuristic classification, and two lexical scores that a shortcut would use."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix, diags
+from scipy.special import expit
+from sklearn.base import BaseEstimator
+from sklearn.linear_model import LogisticRegression
+from sklearn.utils.validation import check_is_fitted
+
+from salience.data.dsir.features import Buckets, HashedNgrams, tokenize
+from salience.data.dsir.resample import check_count
+from salience.errors import InputError
+
+
+class HeuristicClassifier(BaseEstimator):
+    r"""Heuristic classification: a target-or-raw classifier on n-grams, kept if a Pareto draw passes.
+
+        p(target | x) = sigmoid(a . z(x) / |z(x)|_1 + b),   keep x if  Pareto(9) > 1 - p(target | x)
+
+    The rule of GPT-3's data (Brown et al. 2020, appendix A), as used for comparison by Xie et al. 2023 (section 4): the
+    draw is repeated in rounds until `count` documents have passed. Theirs is a fastText model; this is the same linear
+    model on mean n-gram features without its low-rank factor, on as many target as raw documents. Of the last round a
+    uniform share is kept, and earlier rounds whole (the official script drops from all rounds alike).
+
+    Parameters
+    ----------
+    ngrams, num_buckets, hash
+        As in `HashedNgrams`.
+    shape : float
+        Shape of the Pareto distribution.
+    random_state : int
+
+    Attributes
+    ----------
+    table_ : (1, num_buckets) float64
+        Weight of every bucket, so that ``sums(table_) / n-grams + intercept_`` is the logit.
+    intercept_ : float
+    """
+
+    def __init__(
+        self, *, ngrams: int = 2, num_buckets: int = 10_000, hash: str = "sha256", shape: float = 9.0,
+        random_state: int = 0,
+    ) -> None:  # fmt: skip
+        self.ngrams = ngrams
+        self.num_buckets = num_buckets
+        self.hash = hash
+        self.shape = shape
+        self.random_state = random_state
+
+    def fit(self, raw: Sequence[str], targets: Sequence[str]) -> HeuristicClassifier:
+        """Fit on texts of both kinds; the larger side is cut to the size of the smaller.
+
+        Parameters
+        ----------
+        raw, targets : sequence of str
+        """
+        size = min(len(raw), len(targets))
+        if not size:
+            raise InputError("both raw and target texts are needed")
+        featurizer = HashedNgrams(self.ngrams, self.num_buckets, self.hash)
+        features = _frequencies(featurizer([*targets[:size], *raw[:size]]), self.num_buckets)
+        labels = np.repeat([1, 0], size)
+        # Unit variance per bucket, roughly: frequencies are near 1e-4 and a penalty would flatten them otherwise.
+        scale = 1.0 / np.sqrt(np.asarray(features.multiply(features).mean(0)).ravel() + 1e-12)
+        scaled = features @ diags(np.where(np.diff(features.tocsc().indptr) > 0, scale, 0.0))
+        model = LogisticRegression(C=0.1, max_iter=200).fit(scaled, labels)
+        used = np.diff(features.tocsc().indptr) > 0
+        self.table_ = np.where(used, model.coef_[0] * scale, 0.0)[None]
+        self.intercept_ = float(model.intercept_[0])
+        return self
+
+    def probability(self, sums: Float[np.ndarray, " n"], ngrams: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """p(target | x) from each document's sum of `table_` and its number of n-grams."""
+        check_is_fitted(self)
+        return expit(sums / np.maximum(ngrams, 1) + self.intercept_)
+
+    def keys(
+        self, probability: Float[np.ndarray, " n"], first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]
+    ) -> Float[np.ndarray, " n"]:
+        """Sort keys whose k largest are what k repeated Pareto rounds keep.
+
+        A round passes with probability ``(2 - p)^-shape``, so the first round that passes is geometric.
+
+        Parameters
+        ----------
+        probability : (n,) float
+        first, second : (n,) float
+            Independent uniform draws in (0, 1): for the round, and for the order within it.
+        """
+        passing = (2.0 - probability) ** -self.shape
+        with np.errstate(divide="ignore"):
+            rounds = np.ceil(np.log(first) / np.log1p(-passing))
+        return second - np.maximum(rounds, 1.0)
+
+    def select(self, raw: Sequence[str], count: int, *, top_k: bool = False) -> Int[np.ndarray, " count"]:
+        """Indices, ascending, of `count` of the raw texts (with `top_k`, of the largest probabilities)."""
+        check_is_fitted(self)
+        check_count(count, len(raw))
+        buckets = HashedNgrams(self.ngrams, self.num_buckets, self.hash)(raw)
+        keys = self.probability(buckets.sums(self.table_)[:, 0], np.diff(buckets.offsets))
+        if not top_k:
+            generator = np.random.default_rng(self.random_state)
+            keys = self.keys(keys, generator.random(len(keys)), generator.random(len(keys)))
+        return np.sort(np.argsort(-keys, kind="stable")[:count])
+
+
+def _frequencies(buckets: Buckets, num_buckets: int) -> csr_matrix:
+    """Share of each bucket in each document, (documents, num_buckets)."""
+    lengths = np.diff(buckets.offsets)
+    values = np.repeat(1.0 / np.maximum(lengths, 1), lengths)
+    matrix = csr_matrix((values, buckets.ids, buckets.offsets), shape=(len(lengths), num_buckets))
+    matrix.sum_duplicates()
+    return matrix
+
+
+def lexical_overlap(texts: Sequence[str], targets: Sequence[str]) -> Float[np.ndarray, " texts"]:
+    """Share of each text's tokens that occur anywhere in the targets."""
+    vocabulary = {token for target in targets for token in tokenize(target)}
+    return np.array([_mean([token in vocabulary for token in tokenize(text)]) for text in texts])
+
+
+def mean_log_count(texts: Sequence[str], targets: Sequence[str]) -> Float[np.ndarray, " texts"]:
+    """Mean over each text's tokens of ``log(1 + count in the targets)``."""
+    counts = Counter(token for target in targets for token in tokenize(target))
+    return np.array([_mean([np.log1p(counts[token]) for token in tokenize(text)]) for text in texts])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

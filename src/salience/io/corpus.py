@@ -1,0 +1,236 @@
+"""What a user names as input, as sources, and the units of work that they are read in.
+
+A source is one file or one in-memory table; a unit is a byte range of a JSONL, CSV or text file, a row group of a
+Parquet file, or a slice of a table. Units are cut by size alone, so that workers and engine do not change them.
+"""
+
+from __future__ import annotations
+
+import glob as globbing
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from salience.errors import DataError, InputError, NothingToDo
+from salience.io import lines
+from salience.io.keys import key_of
+
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".parquet": "parquet", ".pq": "parquet",
+    ".txt": "txt",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+UNIT_BYTES = 16 << 20
+TABLE_ROWS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file, or one table in memory.
+
+    Attributes
+    ----------
+    name : str
+        Path relative to the inputs' common root, with forward slashes; its hash is the identity in every random draw.
+    path : str
+        Where the file lies; "" for a table.
+    format : str
+        "jsonl", "csv", "txt", "parquet" or "table".
+    compression : str or None
+        "gzip" or "zstd".
+    """
+
+    name: str
+    path: str
+    format: str
+    compression: str | None = None
+    size: int = 0
+    table: pa.Table | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def file_id(self) -> int:
+        """64-bit identity of the file in random draws."""
+        return key_of(self.name)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a source: bytes ``[start, stop)`` of a line format, row group `start`, or rows of a table.
+
+    `first_row` is the number of the first row (row formats); `bytes` its share of the source's size, for progress.
+    """
+
+    source: Source
+    start: int
+    stop: int
+    first_row: int = 0
+    bytes: int = 0
+
+
+class Corpus:
+    """Everything that a user passed as one input, cut into units.
+
+    Parameters
+    ----------
+    inputs : str, path, table or a list of them
+        Paths, globs and directories of .jsonl, .csv, .parquet, .txt (the first and third also .gz and .zst); any
+        object with the Arrow stream protocol (pandas, polars, `datasets.Dataset`, pyarrow); a list of str is taken
+        as paths when `texts` is false.
+    text : str
+        Name of the text column (ignored for .txt, where a line is a document).
+
+    Raises
+    ------
+    InputError
+        A path that does not exist or has an unknown ending.
+    NothingToDo
+        No file, or only empty ones.
+    DataError
+        A file that cannot be read, or one without the text column.
+    """
+
+    def __init__(self, inputs: Any, text: str = "text") -> None:
+        self.text = text
+        self.sources = _sources(inputs)
+        self.units = [unit for source in self.sources for unit in _units(source, text)]
+        if not self.units:
+            raise NothingToDo(f"nothing to read: {_names(self.sources)} {_are(self.sources)} empty")
+
+    @property
+    def bytes(self) -> int:
+        """Size of all sources on disk (or in memory, for tables)."""
+        return sum(source.size for source in self.sources)
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str], text: str = "text") -> Corpus:
+        """A corpus of strings in memory."""
+        return cls(pa.table({text: pa.array(texts, pa.large_string())}), text)
+
+
+def _sources(inputs: Any) -> list[Source]:
+    items = inputs if isinstance(inputs, list | tuple) else [inputs]
+    if not items:
+        raise InputError("no input was named")
+    paths: list[Path] = []
+    tables: list[pa.Table] = []
+    for item in items:
+        if isinstance(item, str | os.PathLike):
+            paths += _expand(os.fspath(item))
+        else:
+            tables.append(_table(item))
+    paths = sorted(set(paths))
+    root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    named = [(path.relative_to(root).as_posix(), path) for path in paths]
+    sources = [_file(name, path) for name, path in named]
+    for number, table in enumerate(tables):
+        sources.append(Source(f"table {number}", "", "table", size=table.nbytes, table=table))
+    return sources
+
+
+def _expand(path: str) -> list[Path]:
+    """Files that a path, a directory or a glob stands for; absolute, symbolic links left as they are."""
+    here = Path(os.path.abspath(path))
+    if here.is_dir():
+        found = sorted(file for file in here.rglob("*") if file.is_file() and _format(file)[0])
+        if not found:
+            raise NothingToDo(f"directory {path} holds no file that ends in {_endings()}")
+        return found
+    if here.exists():
+        return [here]
+    found = sorted(Path(os.path.abspath(match)) for match in globbing.glob(path, recursive=True))
+    if not found:
+        kind = "matches no file" if globbing.has_magic(path) else "does not exist"
+        raise InputError(f"input {path} {kind}")
+    return [file for file in found if file.is_file()]
+
+
+def _format(path: Path) -> tuple[str | None, str | None]:
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = Path(path.stem).suffix if compression else path.suffix
+    kind = FORMATS.get(suffix.lower())
+    return (None, None) if compression and kind == "parquet" else (kind, compression)
+
+
+def _endings() -> str:
+    return ", ".join(FORMATS) + " (all but Parquet also with .gz or .zst)"
+
+
+def _file(name: str, path: Path) -> Source:
+    kind, compression = _format(path)
+    if kind is None:
+        raise InputError(f"input {path} has an unknown ending; known: {_endings()}")
+    return Source(name, str(path), kind, compression, path.stat().st_size)
+
+
+def _table(item: Any) -> pa.Table:
+    if hasattr(item, "__arrow_c_stream__"):
+        return pa.table(item)
+    if hasattr(item, "with_format") and hasattr(item, "column_names"):  # datasets.Dataset before it spoke Arrow
+        return item.with_format("arrow")[:]
+    if isinstance(item, Iterable):
+        raise InputError(
+            f"input of type {type(item).__name__} is neither a path nor a table; texts in memory go through "
+            "Corpus.of_texts, tables need the Arrow stream protocol (pandas, polars, pyarrow, datasets)"
+        )
+    raise InputError(f"input of type {type(item).__name__} is neither a path nor a table")
+
+
+def _units(source: Source, text: str) -> list[Unit]:
+    if source.table is not None:
+        _check_column(source, source.table.schema, text)
+        rows = source.table.num_rows
+        return [
+            Unit(source, start, min(start + TABLE_ROWS, rows), start, source.size * TABLE_ROWS // max(rows, 1))
+            for start in range(0, rows, TABLE_ROWS)
+        ]
+    if source.size == 0:
+        return []
+    if source.format == "parquet":
+        return _row_groups(source, text)
+    if source.format == "csv":
+        return [Unit(source, *piece) for piece in lines.csv_pieces(source, text, UNIT_BYTES)]
+    if source.compression:
+        return [Unit(source, 0, source.size, 0, source.size)]
+    return [
+        Unit(source, start, min(start + UNIT_BYTES, source.size), 0, min(UNIT_BYTES, source.size - start))
+        for start in range(0, source.size, UNIT_BYTES)
+    ]
+
+
+def _row_groups(source: Source, text: str) -> list[Unit]:
+    try:
+        metadata = pq.read_metadata(source.path)
+        schema = metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
+    _check_column(source, schema, text)
+    units, first_row = [], 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if rows:
+            share = source.size // metadata.num_row_groups
+            units.append(Unit(source, group, group + 1, first_row, share))
+        first_row += rows
+    return units
+
+
+def _check_column(source: Source, schema: pa.Schema, text: str) -> None:
+    lines.check_column(source.path or source.name, schema.names, text)
+    kind = schema.field(text).type
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)):
+        raise DataError(f"column {text!r} of {source.path or source.name} holds {kind}, not text")
+
+
+def _names(sources: Sequence[Source]) -> str:
+    shown = ", ".join(source.path or source.name for source in sources[:3])
+    return shown + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+
+
+def _are(sources: Sequence[Source]) -> str:
+    return "is" if len(sources) == 1 else "are"

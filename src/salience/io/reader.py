@@ -1,0 +1,185 @@
+"""Read a unit of a corpus in batches; every record is delivered, counted as blank, or named as bad."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
+
+from salience.errors import DataError, NothingToDo
+from salience.io import lines
+from salience.io.corpus import Corpus, Source, Unit
+
+BATCH_ROWS = 8192
+
+
+class Batch(NamedTuple):
+    """Some documents of one unit.
+
+    Attributes
+    ----------
+    source : Source
+    rows : (documents,) int64
+        Identity of each document within its file: byte offset for JSONL and text, row number otherwise.
+    text : Arrow string array, (documents,)
+        No nulls, valid UTF-8.
+    lines : (bytes, starts, stops) or None
+        The raw records of a line format; record i is ``block[starts[i]:stops[i]]``.
+    table : pa.Table or None
+        All columns (Parquet, tables and CSV; the first two only when read with `whole`).
+    blank : int
+        Blank lines passed over.
+    bad : list of Bad
+        Records that could not be read.
+    """
+
+    source: Source
+    rows: Int[np.ndarray, " documents"]
+    text: pa.Array
+    lines: tuple[bytes, np.ndarray, np.ndarray] | None
+    table: pa.Table | None
+    blank: int
+    bad: list[lines.Bad]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read(corpus: Corpus, unit: Unit, whole: bool = False) -> Iterator[Batch]:
+    """Read one unit.
+
+    Parameters
+    ----------
+    corpus : Corpus
+    unit : Unit
+        One of ``corpus.units``.
+    whole : bool
+        Also read the other columns of Parquet files and tables.
+
+    Raises
+    ------
+    DataError
+        The file cannot be read at all (damaged, truncated, vanished).
+    """
+    try:
+        if unit.source.format in ("parquet", "table"):
+            yield from _read_rows(corpus, unit, whole)
+        else:
+            yield from _read_lines(corpus, unit)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DataError(f"{unit.source.path} cannot be read: {error}") from error
+
+
+def peek(corpus: Corpus) -> None:
+    """Fail early when the first records of a JSONL corpus all lack the text field.
+
+    Raises
+    ------
+    DataError
+        None of them has it; the nearest names are told.
+    NothingToDo
+        The corpus holds no record.
+    """
+    for unit in corpus.units:
+        for batch in read(corpus, unit):
+            if len(batch):
+                return
+            missing = [bad for bad in batch.bad if bad.reason.startswith("no field")]
+            if missing and len(missing) == len(batch.bad):
+                raise DataError(f"{unit.source.path}: {missing[0].reason}, nor do the {len(missing)} first records")
+            if batch.bad:
+                return
+    raise NothingToDo(f"nothing to read: {corpus.sources[0].path or corpus.sources[0].name} holds only blank lines")
+
+
+def _read_lines(corpus: Corpus, unit: Unit) -> Iterator[Batch]:
+    source, kind = unit.source, unit.source.format
+    names = lines.csv_header(source)[0] if kind == "csv" else []
+    compressed = source.compression is not None
+    stop = None if compressed else unit.stop
+    with lines.open_bytes(source) as stream:
+        splitter = lines.Splitter(stream, 0 if compressed else unit.start, stop, quoted=kind == "csv")
+        row = unit.first_row
+        for block, offset, ends in splitter:
+            starts, stops = lines.trimmed(block, ends)
+            if compressed and kind == "csv" and offset + starts[0] < unit.start:
+                block, offset, starts, stops = _behind_header(block, offset, starts, stops, unit.start)
+            if kind == "jsonl":
+                parsed = lines.parse_jsonl(block, starts, stops, corpus.text)
+            elif kind == "csv":
+                parsed = lines.parse_csv(block, starts, stops, corpus.text, names)
+            else:
+                parsed = lines.parse_txt(block, starts, stops)
+            rows = row + parsed.index if kind == "csv" else offset + starts[parsed.index]
+            bad = [
+                lines.Bad(offset + int(starts[i]), reason, block[starts[i] : stops[i]][: 1 << 16])
+                for i, reason in parsed.bad
+            ]
+            raw = block, starts[parsed.index], stops[parsed.index]
+            row += len(starts)
+            yield Batch(source, rows, parsed.text, raw, parsed.table, parsed.blank, bad + splitter.too_long)
+            splitter.too_long = []
+        if splitter.too_long:
+            yield Batch(
+                source, np.empty(0, np.int64), pa.array([], pa.string()), None, None, 0, splitter.too_long
+            )
+
+
+def _behind_header(block, offset, starts, stops, begin):
+    """Drop the header from the first block of a compressed CSV file."""
+    cut = begin - offset
+    keep = starts >= cut
+    return block[cut:], begin, starts[keep] - cut, stops[keep] - cut
+
+
+def _read_rows(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[Batch]:
+    row = unit.first_row
+    for table in _tables(corpus, unit, whole):
+        text = table[corpus.text].combine_chunks()
+        if pa.types.is_dictionary(text.type) or pa.types.is_string_view(text.type):
+            text = text.cast(pa.large_string())
+        bad: list[lines.Bad] = []
+        rows = np.arange(row, row + len(text), dtype=np.int64)
+        row += len(text)
+        if text.null_count:
+            empty = np.asarray(text.is_null())
+            bad = [lines.Bad(int(at), f"column {corpus.text!r} is null", b"") for at in rows[empty]]
+            rows, text, table = rows[~empty], text.drop_null(), table.filter(pa.array(~empty))
+        text.validate(full=True)
+        yield Batch(unit.source, rows, text, None, table if whole else None, 0, bad)
+
+
+def _tables(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[pa.Table]:
+    source = unit.source
+    if source.table is not None:
+        part = source.table.slice(unit.start, unit.stop - unit.start)
+        part = part if whole else part.select([corpus.text])
+        for start in range(0, part.num_rows, BATCH_ROWS):
+            yield part.slice(start, BATCH_ROWS)
+        return
+    with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+        columns = None if whole else [corpus.text]
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[unit.start], columns=columns, use_threads=False):
+            yield pa.Table.from_batches([batch])
+
+
+def as_json(table: pa.Table, where: str) -> list[bytes]:
+    """Rows of a table as lines of JSON.
+
+    Raises
+    ------
+    DataError
+        A column holds something that JSON has no form for.
+    """
+
+    def refuse(value: object) -> str:
+        if isinstance(value, bytes):
+            raise DataError(f"{where} holds bytes, which JSON cannot; write Parquet (an output that ends in .parquet)")
+        return str(value)
+
+    return [json.dumps(row, ensure_ascii=False, default=refuse).encode("utf-8") for row in table.to_pylist()]
