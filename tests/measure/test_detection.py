@@ -104,7 +104,7 @@ def test_bad_input(measure, positive, negative, message):
 
 def test_bad_options():
     with pytest.raises(InputError, match="tpr must lie in"):
-        fpr_at_tpr([1.0], [0.0], tpr=95)
+        fpr_at_tpr([1.0], [0.0], tpr=95.0)
     with pytest.raises(InputError, match=r"correct must have shape \(2,\)"):
         oscr([1.0, 2.0], [True], [0.0])
     with pytest.raises(InputError, match="correct must hold only True and False"):

@@ -47,7 +47,7 @@ def same_shape(name_a: str, a: np.ndarray, name_b: str, b: np.ndarray) -> None:
         raise InputError(f"{name_a} and {name_b} must have the same shape; got {a.shape} and {b.shape}")
 
 
-def at_least(name: str, value: int, low: int) -> None:
+def at_least(name: str, value: object, low: int) -> None:
     """Refuse a whole number below `low`, and what is no whole number."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low:
         raise InputError(f"{name} must be a whole number of at least {low}; got {value!r}")

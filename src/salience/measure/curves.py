@@ -11,7 +11,7 @@ section 4.2 (arXiv 1806.07421).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -47,7 +47,7 @@ def curve(
     order: ArrayLike,
     steps: int | None = None,
     *,
-    mode: Literal["deletion", "insertion"] = "deletion",
+    mode: str = "deletion",
     batch_size: int = 256,
 ) -> Curve:
     """Follow a score while units are removed or restored in a given order.

@@ -7,8 +7,6 @@ Measures come per row, so that means and paired intervals can be taken afterward
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import scipy.stats
 from jaxtyping import Float
@@ -129,7 +127,7 @@ def target_ranks(
     targets: ArrayLike,
     known: ArrayLike | None = None,
     *,
-    ties: Literal["mean", "worst"] = "mean",
+    ties: str = "mean",
 ) -> Float[np.ndarray, " n"]:
     """Rank of one target per row among all candidates, other known answers left out ("filtered").
 

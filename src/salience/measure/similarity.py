@@ -90,7 +90,7 @@ def rsa(a: ArrayLike, b: ArrayLike, metric: str = "euclidean") -> float:
     return spearman(*distances)
 
 
-def cosine(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*batch"]:
+def cosine(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*batch"] | float:
     """Cosine of the angle between vectors, ``a . b / (|a| |b|)``, along the last axis.
 
     Parameters
@@ -110,17 +110,10 @@ def cosine(a: ArrayLike, b: ArrayLike) -> Float[np.ndarray, "*batch"]:
     """
     first, second = finite("a", a), finite("b", b)
     _broadcastable(first, second)
-    norms = []
-    for name, values in (("a", first), ("b", second)):
-        norm = np.linalg.norm(values, axis=-1, keepdims=True)
-        if (norm == 0).any():
-            raise InputError(f"{name} holds {int((norm == 0).sum())} zero vectors: their cosine is undefined")
-        norms.append(norm)
-    # divided before they are multiplied, so that very short and very long vectors do not under- or overflow
-    return np.clip(((first / norms[0]) * (second / norms[1])).sum(axis=-1), -1.0, 1.0)
+    return np.clip((_unit_length("a", first) * _unit_length("b", second)).sum(axis=-1), -1.0, 1.0)
 
 
-def kl_divergence(p: ArrayLike, q: ArrayLike, *, epsilon: float) -> Float[np.ndarray, "*batch"]:
+def kl_divergence(p: ArrayLike, q: ArrayLike, *, epsilon: float) -> Float[np.ndarray, "*batch"] | float:
     """Kullback-Leibler divergence in nats: ``sum_j p_j (log p_j - log(q_j + epsilon))`` over ``p_j > 0``.
 
     Parameters
@@ -148,7 +141,7 @@ def kl_divergence(p: ArrayLike, q: ArrayLike, *, epsilon: float) -> Float[np.nda
     return scipy.special.rel_entr(first, second + epsilon).sum(axis=-1)
 
 
-def total_variation(p: ArrayLike, q: ArrayLike) -> Float[np.ndarray, "*batch"]:
+def total_variation(p: ArrayLike, q: ArrayLike) -> Float[np.ndarray, "*batch"] | float:
     """Total variation distance ``sum_j |p_j - q_j| / 2``: the largest difference in any event's probability.
 
     Parameters
@@ -229,6 +222,14 @@ def _broadcastable(first: np.ndarray, second: np.ndarray) -> None:
         raise InputError(
             f"both arguments must have shapes (..., d) that fit; got {first.shape}, {second.shape}"
         )
+
+
+def _unit_length(name: str, vectors: np.ndarray) -> np.ndarray:
+    largest = np.abs(vectors).max(axis=-1, keepdims=True)
+    if (largest == 0).any():
+        raise InputError(f"{name} holds {int((largest == 0).sum())} zero vectors: their cosine is undefined")
+    scaled = vectors / largest  # the squares of very short and very long vectors would under- or overflow
+    return scaled / np.linalg.norm(scaled, axis=-1, keepdims=True)
 
 
 def _distribution(name: str, values: ArrayLike) -> np.ndarray:
