@@ -217,6 +217,11 @@ def test_heat_writes_the_cells(ax):
     assert [t.get_color() for t in ax.texts[:2]] == ["white", "black"]
 
 
+def test_crowded_heat_has_no_cells_written(ax):
+    heat(ax, np.ones((1, 11)), ["a"], list("abcdefghijk"))
+    assert not ax.texts
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

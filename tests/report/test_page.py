@@ -27,8 +27,8 @@ ALLOWED = {
     "figure": {"class"}, "source": {"media", "srcset"}, "img": {"src", "alt"},
 }  # fmt: skip
 BARE = {
-    "head", "title", "style", "body", "main", "header", "footer", "h1", "h2", "pre", "code", "dt", "dd", "table",
-    "caption", "thead", "tbody", "tr", "figcaption", "picture", "details", "summary",
+    "head", "title", "style", "body", "main", "header", "footer", "h1", "h2", "pre", "code", "dt", "dd",
+    "table", "caption", "thead", "tbody", "tr", "figcaption", "picture", "details", "summary",
 }  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def curve(
 def heat(
     ax: Axes, matrix: Float[ndarray, "rows columns"], rows: Sequence[str], columns: Sequence[str]
 ) -> None:
-    """A matrix as colours with a scale beside it; up to 120 cells also carry their figure.
+    """A matrix as colours with a scale beside it; cells that have room for it also carry their figure.
 
     Parameters
     ----------
@@ -229,7 +229,8 @@ def heat(
     )
     ax.set_yticks(range(len(rows)), [_label(name, ax) for name in rows])
     ax.spines[:].set_visible(False)
-    if matrix.size <= 120:
+    width, height = ax.figure.get_size_inches()  # type: ignore[union-attr]
+    if len(columns) <= 1.5 * width and len(rows) <= 4 * height:
         middle = (np.nanmin(matrix) + np.nanmax(matrix)) / 2
         for (row, column), value in np.ndenumerate(matrix):
             if math.isfinite(value):
