@@ -43,8 +43,8 @@ def mlp(sizes: Sequence[int], seed: int) -> nn.Sequential:
 def small_cnn(seed: int, *, in_channels: int = 1, num_classes: int = 10, width: int = 16) -> nn.Sequential:
     """Four 3 x 3 convolutions ``c1``..``c4``, the middle two of stride 2; global average; linear ``head``.
 
-    Takes images (batch, in_channels, height, width) of any size from 8 x 8 on; the convolutions have 1, 2, 4 and
-    4 times `width` channels.
+    Takes images (batch, in_channels, height, width) of any size from 8 x 8 on; the convolutions have 1, 2, 4
+    and 4 times `width` channels.
     """
     with seeded(seed):
         return nn.Sequential(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import rankdata
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 
 from salience.errors import InputError, nearest
@@ -109,9 +110,9 @@ def planted(rows: int, seed: int, *, noise: Sequence[int] = (2, 2, 10, 100, 1000
 
 
 def _quantile_codes(values: Float[np.ndarray, " n"], bins: int) -> Int[np.ndarray, " n"]:
-    edges = np.unique(np.quantile(values, np.arange(1, bins) / bins))
-    codes = np.searchsorted(edges, values, side="right")
-    return np.unique(codes, return_inverse=True)[1]  # no empty codes
+    """Codes by rank; equal values share their middle rank, so that two values stay apart."""
+    middle = (rankdata(values) - 0.5) / len(values)
+    return np.unique((middle * bins).astype(np.int64), return_inverse=True)[1]  # no empty codes
 
 
 def _noise_columns(
@@ -126,7 +127,7 @@ def _noise_columns(
 def _shuffled(
     rng: np.random.Generator, columns: dict[str, np.ndarray], kinds: Sequence[str], label: np.ndarray
 ) -> Table:
-    """Rows and columns in random order: neither a sorted file nor a column's place may give the answer away."""
+    """Rows and columns in random order: neither the order of a file nor a column's place may tell."""
     rows, places = rng.permutation(len(label)), rng.permutation(len(columns))
     codes = np.stack(list(columns.values()), axis=1).astype(np.int32)
     names = list(columns)

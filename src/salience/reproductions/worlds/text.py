@@ -1,8 +1,8 @@
 """Real text that every machine has: the standard library's source and the docstrings of installed packages.
 
-Files are read as text, never imported, in the order of their paths; tests are left out, since some distributions
-of Python come without them. Versions of Python and of the packages change the text: two machines with the same
-versions have the same.
+Files are read as text, never imported, in the order of their paths; tests are left out, since some
+distributions of Python come without them. The text changes with the versions of Python and of the packages,
+and with nothing else.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class TextPool(NamedTuple):
 def chunks(text: str, words: int = 128, at_least: int = 100) -> list[str]:
     """Cut a text into pieces of `words` words, white space inside a piece as it was.
 
-    A word is a run of characters without white space. (DSIR's own pipeline splits on single spaces; in indented
-    source code two thirds of such "words" are empty, and most chunks fall below DSIR's minimum of 100 tokens.)
-    What is left at the end is kept if it has `at_least` words.
+    A word is a run of characters without white space. (DSIR's own pipeline splits on single spaces; in
+    indented source code two thirds of such "words" are empty, and most chunks then fall below DSIR's minimum
+    of 100 tokens.) What is left at the end is kept if it has `at_least` words.
     """
     ends = [match.end() for match in re.finditer(r"\S+", text)]
     pieces, start = [], 0

@@ -25,8 +25,8 @@ from salience.reproductions.worlds.nets import seeded
 class Recipe(NamedTuple):
     """How to make a trained network, as two plain functions defined at the top of a module.
 
-    ``build(seed)`` returns the untrained network, ``train(model, seed)`` trains it in place. What they draw from
-    torch's random numbers is seeded by `trained`.
+    ``build(seed)`` returns the untrained network, ``train(model, seed)`` trains it in place. What they draw
+    from torch's random numbers is seeded by `trained`.
     """
 
     build: Callable[[int], nn.Module]
@@ -34,7 +34,7 @@ class Recipe(NamedTuple):
 
 
 def home() -> Path:
-    """Where salience keeps what it made: $SALIENCE_HOME, else $XDG_CACHE_HOME/salience, else ~/.cache/salience."""
+    """Where salience keeps things: $SALIENCE_HOME, else $XDG_CACHE_HOME/salience, else ~/.cache/salience."""
     if os.environ.get("SALIENCE_HOME"):
         return Path(os.environ["SALIENCE_HOME"]).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -44,30 +44,28 @@ def home() -> Path:
 def trained(recipe: Recipe, seed: int) -> nn.Module:
     """The network of `recipe` for `seed`, trained now or taken from ``home()/worlds``; in evaluation mode.
 
-    The cache's key holds the source of both functions, the source of the functions and the values of the constants
-    (numbers, strings, tuples of them) that they use from their own module, the seed, and the versions of torch,
-    numpy and salience. What they use from elsewhere counts as part of salience's version. A damaged file is
-    trained anew; processes that race write the same network, and each sees a whole file.
+    The cache's key holds the source of both functions, the source of the functions and the values of the
+    constants (numbers, strings, tuples) that they use from their own module, the seed, and the
+    versions of torch, numpy and salience. What they use from elsewhere counts as part of salience's version.
+    A damaged file is trained anew; processes that race write the same network, and each sees a whole file.
 
     Raises
     ------
     InputError
-        A function of the recipe has no source of its own: a lambda, a closure, a partial, or typed at a prompt.
+        A function of the recipe has no source to go by: a lambda, closure or partial, or typed at a prompt.
     """
     folder = home() / "worlds"
     folder.mkdir(parents=True, exist_ok=True)  # fails before the training, not after it
-    path = (
-        folder
-        / f"{recipe.train.__name__ if inspect.isfunction(recipe.train) else 'recipe'}-{key(recipe, seed)}"
-    )
-    path = path.with_suffix(".safetensors")
-    with seeded(seed):
-        model = recipe.build(seed)
-        if not _load(model, path):
+    path = folder / f"{key(recipe, seed)}.safetensors"
+    if path.exists():
+        with seeded(seed):
             model = recipe.build(seed)
-            model.train()
-            recipe.train(model, seed)
-            _save(model, path)
+        if _load(model, path):
+            return model.eval()
+    with seeded(seed):
+        model = recipe.build(seed).train()
+        recipe.train(model, seed)
+    _save(model, path)
     return model.eval()
 
 
@@ -82,11 +80,14 @@ def key(recipe: Recipe, seed: int) -> str:
 
 def _sources(function: Any, seen: set[FunctionType]) -> Iterator[str]:
     """Source of a function, and of the functions and constants that it uses from its own module."""
+    function = inspect.unwrap(function)  # run-time type checks wrap
     name = getattr(function, "__qualname__", repr(function))
     if not inspect.isfunction(function) or "<" in name or function.__closure__:
         raise InputError(
             f"a recipe must be made of functions defined at the top of a module; {name} is not one"
         )
+    if function in seen:
+        return
     seen.add(function)
     try:
         yield inspect.getsource(function)
@@ -96,9 +97,9 @@ def _sources(function: Any, seen: set[FunctionType]) -> Iterator[str]:
         ) from error
     for used in sorted(_names(function.__code__)):
         value = function.__globals__.get(used)
-        if isinstance(value, (bool, int, float, str, tuple)):
+        if isinstance(value, (int, float, str, tuple)):
             yield f"{used} = {value!r}"
-        elif inspect.isfunction(value) and value.__module__ == function.__module__ and value not in seen:
+        elif inspect.isfunction(value) and value.__module__ == function.__module__:
             yield from _sources(value, seen)
 
 
@@ -120,12 +121,12 @@ def _save(model: nn.Module, path: Path) -> None:
 
 
 def _load(model: nn.Module, path: Path) -> bool:
-    """Fill `model` from `path`; False if there is no such file or it is not what was saved."""
+    """Fill `model` from `path`; False if it does not hold what was saved."""
     try:
         with safe_open(path, framework="pt") as file:
             digest = (file.metadata() or {}).get("digest")
         load_model(model, path)
-    except (FileNotFoundError, SafetensorError, RuntimeError):
+    except (FileNotFoundError, SafetensorError, RuntimeError):  # gone, cut short, or other shapes
         return False
     return digest == _digest(model)
 
