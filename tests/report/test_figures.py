@@ -84,7 +84,7 @@ def test_a_callable_is_drawn_for_both_schemes_and_two_widths():
         bars(ax, ["a"], [1.0])
 
     before = dict(matplotlib.rcParams)
-    block = figure(draw, "caption", height=2)
+    block = figure(draw, "caption", height=2.0)
     assert len(set(seen)) == len(seen) == 4 and len(set(images(block))) == 4
     assert dict(matplotlib.rcParams) == before
     light, dark = (base64.b64decode(uri.removeprefix(SVG)).decode() for uri in images(block)[:2])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _BINS = 60
 _LINES = ("-", "--", "-.", ":")
-Values = Sequence[float] | ndarray
+Values = Sequence[float] | Sequence[int] | ndarray
 Binned = tuple[Values, Values]
 
 
