@@ -1,5 +1,222 @@
-"""`salience select`."""
+"""`salience select WHAT`: choose what to train on."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from salience.errors import InputError
+
+if TYPE_CHECKING:
+    from salience.data.text_selection import TextSelection
+    from salience.io import Corpus
+
+app = typer.Typer(no_args_is_help=True, help="Choose what to train on.")
+
+_EPILOG = (
+    "Examples:\n\n"
+    "salience select text raw/*.jsonl --target mine.jsonl --count 50000 -o chosen.jsonl\n\n"
+    "salience select text pool/ --target a.jsonl --target b.jsonl --separate-targets --fraction 0.1 -o out.jsonl\n\n"
+    "salience select text raw.parquet --target mine.parquet --scores-only -o scores.parquet\n\n"
+    "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
+)
+_DSIR = "Options of dsir"
+_DATA = "Data"
+
+
+class Method(str, Enum):
+    """How documents are weighed."""
+
+    dsir = "dsir"
+    heuristic = "heuristic"
+    random = "random"
+
+
+class Hash(str, Enum):
+    """How n-grams are hashed."""
+
+    sha256 = "sha256"
+    fast = "fast"
+
+
+@app.callback()
+def _select() -> None:
+    pass
+
+
+@app.command("text", epilog=_EPILOG)
+def text(
+    raw: Annotated[list[str], typer.Argument(help="Raw corpus: files, globs or directories (.jsonl, .csv, .txt, also .gz and .zst; .parquet).", show_default=False)],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="Target text, the same formats; may be repeated.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output: .jsonl, or the format of the input.", show_default=False)],
+    count: Annotated[int | None, typer.Option("--count", "-n", help="Documents to choose.", show_default=False)] = None,
+    fraction: Annotated[float | None, typer.Option(help="Or the share of the raw documents to choose.", show_default=False)] = None,
+    method: Annotated[Method, typer.Option(help="dsir: importance resampling; heuristic: classifier; random. All three are compared.")] = Method.dsir,
+    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel=_DATA)] = "text",
+    max_bad: Annotated[float, typer.Option(help="Largest share of unreadable records to put up with.", rich_help_panel=_DATA)] = 0.01,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable record.", rich_help_panel=_DATA)] = False,
+    hash: Annotated[Hash, typer.Option(help="sha256: the published buckets; fast: quicker, other buckets.", rich_help_panel=_DSIR)] = Hash.sha256,
+    ngrams: Annotated[int, typer.Option(help="Longest n-gram.", rich_help_panel=_DSIR)] = 2,
+    buckets: Annotated[int, typer.Option(help="Size of the hash table.", rich_help_panel=_DSIR)] = 10_000,
+    min_tokens: Annotated[int, typer.Option(help="Shorter documents are not chosen.", rich_help_panel=_DSIR)] = 100,
+    smoothing: Annotated[float, typer.Option(help="Pseudo-count per bucket for small targets.", rich_help_panel=_DSIR)] = 0.0,
+    top_k: Annotated[bool, typer.Option("--top-k", help="Take the largest weights instead of drawing by them.", rich_help_panel=_DSIR)] = False,
+    separate_targets: Annotated[bool, typer.Option("--separate-targets", help="Choose for every target by itself.", rich_help_panel=_DSIR)] = False,
+    proportions: Annotated[str | None, typer.Option(help="Quotas of separate targets, as in 0.7,0.3 [default: by size].", rich_help_panel=_DSIR, show_default=False)] = None,
+    hold_out: Annotated[float, typer.Option(help="Share of the target kept out to measure on; 0 uses all of it and measures nothing.")] = 0.2,
+    scores: Annotated[Path | None, typer.Option(help="Draw by the log-weights of this Scores file instead of a method.", show_default=False)] = None,
+    scores_only: Annotated[bool, typer.Option("--scores-only", help="Write the Scores of all documents (a .parquet file) and choose nothing.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Threads [default: all cores]; does not change the result.", show_default=False)] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and how long it would take; write nothing.")] = False,
+) -> None:  # fmt: skip
+    """Choose the documents of a raw corpus that are most like a target.
+
+    Weighs every document by how much likelier its words and word pairs are in the target than in the raw corpus, and
+    draws without replacement by that weight (DSIR, NeurIPS 2023). Then measures on target documents that it never saw
+    whether the choice beats a random one of equal size, and prints that first.
+    """
+    from salience.data import DSIR
+    from salience.io import Corpus
+
+    _check_usage(count, fraction, scores_only, scores, method, top_k)
+    model = DSIR(
+        ngrams=ngrams, num_buckets=buckets, hash=hash.value, min_tokens=min_tokens, smoothing=smoothing,
+        separate_targets=separate_targets, target_proportions=_numbers(proportions), max_bad=0.0 if strict else max_bad,
+        workers=workers, random_state=seed,
+    )  # fmt: skip
+    pool, targets = Corpus(raw, text_column), [Corpus(name, text_column) for name in target]
+    page = report or Path(f"{out}.report.html")
+    if page.exists() and not overwrite:
+        raise InputError(f"report {page} exists; pass --overwrite to replace it")
+    if dry_run:
+        _print_plan(pool, targets, model, count, as_json)
+        return
+    if scores_only:
+        _write_scores(pool, targets, model, out, overwrite, as_json)
+        return
+    result = _run(pool, targets, out, count, fraction, method.value, model, scores, top_k, hold_out, overwrite)
+    _report(result, page)
+    _print(result, page, as_json)
+
+
+def _check_usage(count, fraction, scores_only, scores, method, top_k) -> None:
+    if scores_only and (count is not None or fraction is not None or scores is not None):
+        raise InputError("--scores-only chooses nothing: leave --count, --fraction and --scores out")
+    if not scores_only and (count is None) == (fraction is None):
+        raise InputError("give either --count or --fraction")
+    if scores is not None and method is not Method.dsir:
+        raise InputError("--scores replaces the method: leave --method out")
+    if top_k and method is Method.random:
+        raise InputError("--top-k means nothing for --method random")
+
+
+def _numbers(written: str | None) -> list[float] | None:
+    if written is None:
+        return None
+    try:
+        return [float(part) for part in written.split(",")]
+    except ValueError:
+        raise InputError(f"--proportions must be numbers with commas between, not {written!r}") from None
+
+
+def _run(pool, targets, out, count, fraction, method, model, scores, top_k, hold_out, overwrite) -> TextSelection:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from salience.data import select_text
+    from salience.scores import Scores
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        return select_text(
+            pool, targets, out, count=count, fraction=fraction, method=method, model=model,
+            scores=None if scores is None else Scores.load(scores), top_k=top_k, hold_out=hold_out,
+            overwrite=overwrite, progress=advance,
+        )  # fmt: skip
+
+
+def _write_scores(pool: Corpus, targets: list[Corpus], model: Any, out: Path, overwrite: bool, as_json: bool) -> None:
+    from salience.data import score_text
+
+    if out.suffix != ".parquet":
+        raise InputError(f"--scores-only writes Parquet: name an output that ends in .parquet, not {out.name}")
+    if out.exists() and not overwrite:
+        raise InputError(f"output {out} exists; pass --overwrite to replace it")
+    scores = score_text(pool, targets, model)
+    scores.save(out)
+    summary = {"out": str(out), "documents": len(scores), "unit": scores.unit}
+    typer.echo(json.dumps(summary) if as_json else f"{len(scores):,} scores written to {out}")
+
+
+def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | None, as_json: bool) -> None:
+    from salience.data.estimate import estimate
+
+    plan = estimate(pool, targets, model, count)
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    typer.echo(f"raw      {plan['raw_files']:,} files, {plan['raw_bytes'] / 1e6:,.1f} MB in {plan['units']:,} units")
+    typer.echo(f"targets  {plan['target_bytes'] / 1e6:,.1f} MB")
+    typer.echo(f"passes   {plan['passes']} over the raw corpus (count, weigh), then the chosen units once more")
+    typer.echo(f"memory   about {plan['peak_bytes'] / 1e6:,.0f} MB with {plan['workers']} workers")
+    typer.echo(f"time     about {plan['seconds']:,.0f} s at the measured {plan['bytes_per_second'] / 1e6:,.1f} MB/s a pass")
+    typer.echo("nothing was written")
+
+
+def _report(result: TextSelection, page: Path) -> None:
+    from salience.cli._select_page import write_page
+
+    write_page(result, page)
+
+
+def _print(result: TextSelection, page: Path, as_json: bool) -> None:
+    if as_json:
+        summary = {name: getattr(result, name) for name in (
+            "out", "method", "read", "selected", "not_selected", "too_short", "blank", "quarantined",
+            "target_documents", "target_held_out", "warnings",
+        )}  # fmt: skip
+        summary |= {"proof": result.proof.as_dict() if result.proof else None, "report": str(page)}
+        typer.echo(json.dumps(summary))
+        return
+    if result.proof is not None:
+        _print_proof(result)
+    for warning in result.warnings:
+        typer.echo(f"note: {warning}", err=True)
+    typer.echo(result.equation)
+    if result.quarantined:
+        typer.echo(f"unreadable records: {result.out}.quarantine.jsonl")
+    typer.echo(f"written: {result.out}\nreport:  {page}")
+
+
+def _print_proof(result: TextSelection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    proof = result.proof
+    typer.echo(proof.verdict[0].upper() + proof.verdict[1:] + ".\n")
+    table = Table(box=None, pad_edge=False)
+    for column in ("measured on held-out target", result.method, "against", "", "better by", "95 % interval"):
+        table.add_column(column, justify="left" if column in ("measured on held-out target", "against") else "right")
+    for item in proof.comparisons:
+        table.add_row(
+            item.measure, f"{item.chosen:.3f}", item.baseline, f"{item.other:.3f}", f"{item.difference:+.3f}",
+            f"{item.low:+.3f} … {item.high:+.3f}",
+        )  # fmt: skip
+    Console(width=100).print(table)
+    typer.echo("")

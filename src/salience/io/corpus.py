@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob as globbing
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Source:
 class Unit:
     """A piece of a source: bytes ``[start, stop)`` of a line format, row group `start`, or rows of a table.
 
-    `first_row` is the number of the first row (row formats); `bytes` its share of the source's size, for progress.
+    `first_row` is the number of the first row (row formats), `bytes` its share of the source's size for progress, and
+    `number` its place in ``corpus.units``.
     """
 
     source: Source
@@ -70,6 +71,7 @@ class Unit:
     stop: int
     first_row: int = 0
     bytes: int = 0
+    number: int = 0
 
 
 class Corpus:
@@ -97,7 +99,8 @@ class Corpus:
     def __init__(self, inputs: Any, text: str = "text") -> None:
         self.text = text
         self.sources = _sources(inputs)
-        self.units = [unit for source in self.sources for unit in _units(source, text)]
+        units = [unit for source in self.sources for unit in _units(source, text)]
+        self.units = [replace(unit, number=number) for number, unit in enumerate(units)]
         if not self.units:
             raise NothingToDo(f"nothing to read: {_names(self.sources)} {_are(self.sources)} empty")
 
@@ -110,6 +113,18 @@ class Corpus:
     def of_texts(cls, texts: Sequence[str], text: str = "text") -> Corpus:
         """A corpus of strings in memory."""
         return cls(pa.table({text: pa.array(texts, pa.large_string())}), text)
+
+    @classmethod
+    def joined(cls, corpora: Sequence[Corpus]) -> Corpus:
+        """Several corpora read as one; every source keeps its identity."""
+        if len(corpora) == 1:
+            return corpora[0]
+        whole = cls.__new__(cls)
+        whole.text = corpora[0].text
+        whole.sources = [source for corpus in corpora for source in corpus.sources]
+        units = [unit for corpus in corpora for unit in corpus.units]
+        whole.units = [replace(unit, number=number) for number, unit in enumerate(units)]
+        return whole
 
 
 def _sources(inputs: Any) -> list[Source]:

@@ -196,20 +196,18 @@ class DSIR(BaseEstimator):
         corpus = as_corpus(raw)
         targets = len(self.log_diff_)
 
-        def draw(numbered: tuple[int, Unit]) -> tuple[list[TopK], int]:
-            number, unit = numbered
+        def draw(unit: Unit) -> tuple[list[TopK], int]:
             weights, rows, tokens = self._weigh(corpus, unit)
             long = tokens >= self.min_tokens
             heaps = [TopK(count) for _ in range(targets)]
             for target, heap in enumerate(heaps):
                 values = weights[long, target]
                 keys = values if top_k else values + self.noise(target, unit, rows[long])
-                heap.offer(keys, values, number, rows[long])
+                heap.offer(keys, values, unit.number, rows[long])
             return heaps, int(long.sum())
 
         heaps, eligible = [TopK(count) for _ in range(targets)], 0
-        number_of = {unit: number for number, unit in enumerate(corpus.units)}
-        for _, (found, long) in map_units(lambda unit: draw((number_of[unit], unit)), corpus.units, workers=self.workers):
+        for _, (found, long) in map_units(draw, corpus.units, workers=self.workers):
             for heap, other in zip(heaps, found):
                 heap.merge(other)
             eligible += long
@@ -225,9 +223,9 @@ class DSIR(BaseEstimator):
         corpus = as_corpus(raw)
         chosen = self.choose(corpus, count, top_k=top_k)
         indices, first = [], 0
-        for number, unit in enumerate(corpus.units):
+        for unit in corpus.units:
             rows = np.concatenate([batch.rows for batch in read(corpus, unit)] or [np.empty(0, np.int64)])
-            indices.append(first + np.flatnonzero(np.isin(rows, chosen.rows[chosen.units == number])))
+            indices.append(first + np.flatnonzero(np.isin(rows, chosen.rows[chosen.units == unit.number])))
             first += len(rows)
         return np.concatenate(indices)
 

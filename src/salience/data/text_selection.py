@@ -1,0 +1,503 @@
+"""Choose documents from a corpus of any size by a target, write them, and measure on the user's own data if it helped.
+
+Four passes, each a pure function of a unit: the targets are counted (a keyed part of them held out), the raw corpus is
+counted, weighed and drawn from, and the chosen records are copied. The same passes draw what the choice is compared
+with: random documents three times, and heuristic classification.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from salience.data.baselines import HeuristicClassifier
+from salience.data.dsir.features import Buckets, ngram_keys, ngram_strings, tokenize
+from salience.data.dsir.resample import Chosen, TopK, check_count, quotas, take
+from salience.data.dsir.weights import DSIR, add_counts
+from salience.data.proof import Proof, Texts, prove, text_hashes
+from salience.errors import DataError, InputError
+from salience.io import (
+    Batch, Corpus, Output, RecordWriter, Tally, Unit, gumbel, map_units, peek, read, uniform, write_quarantine,
+)  # fmt: skip
+from salience.scores import Scores
+
+METHODS = ("dsir", "heuristic", "random")
+RANDOM_DRAWS = 3
+SAMPLE = 2000  # documents kept of each side: for the classifier, the figures, and the byte model
+SHOWN = 10
+Progress = Callable[[str, int, int], object]
+
+
+@dataclass
+class TextSelection:
+    """What `select_text` did: counts, proof, and plain data for a report.
+
+    Attributes
+    ----------
+    selected, not_selected, too_short, blank, quarantined : int
+        What became of the `read` raw records; they add up.
+    proof : Proof or None
+        None when the target is too small to hold part of it out, or `hold_out` is 0.
+    weights, chosen_weights : (n,) float64
+        Scores of a sample of eligible documents, and of the chosen ones.
+    sources : list of (name, eligible, chosen)
+    ngrams : list of (n-gram, log ratio, count in raw sample, count in target sample)
+        Largest ratios first.
+    most, least : list of (where, score, text)
+        Documents with the largest and smallest scores.
+    warnings : list of str
+    manifest : dict
+    """
+
+    out: str
+    method: str
+    read: int
+    selected: int
+    not_selected: int
+    too_short: int
+    blank: int
+    quarantined: int
+    target_documents: int
+    target_held_out: int
+    proof: Proof | None
+    weights: Float[np.ndarray, " n"]
+    chosen_weights: Float[np.ndarray, " m"]
+    sources: list[tuple[str, int, int]]
+    ngrams: list[tuple[str, float, int, int]]
+    most: list[tuple[str, float, str]]
+    least: list[tuple[str, float, str]]
+    warnings: list[str]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def equation(self) -> str:
+        """The conservation equation, in words."""
+        return (
+            f"{self.read:,} records read = {self.selected:,} selected + {self.not_selected:,} not selected + "
+            f"{self.too_short:,} too short + {self.blank:,} blank + {self.quarantined:,} quarantined"
+        )
+
+
+def select_text(
+    raw: Corpus,
+    targets: Sequence[Corpus],
+    out: str | os.PathLike[str],
+    *,
+    count: int | None = None,
+    fraction: float | None = None,
+    method: str = "dsir",
+    model: DSIR | None = None,
+    scores: Scores | None = None,
+    top_k: bool = False,
+    hold_out: float = 0.2,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> TextSelection:
+    """Choose documents of `raw` that are like `targets` and write their records to `out`.
+
+    Parameters
+    ----------
+    raw : Corpus
+    targets : sequence of Corpus
+        Pooled, or with ``model.separate_targets`` a quota each.
+    out : path
+        .jsonl (any input; JSONL records byte for byte), or the format that all inputs share.
+    count, fraction : int, float
+        How many documents, or which share of the raw ones; give one.
+    method : {"dsir", "heuristic", "random"}
+    model : DSIR, optional
+        Parameters of the features and of the draw; default `DSIR()`.
+    scores : Scores, optional
+        Draw by these log-weights instead of `method`; ids are "file:row", as `score_text` gives them.
+    top_k : bool
+        Take the largest scores, without noise.
+    hold_out : float
+        Share of the target documents kept out of the fit to measure on; 0 for none.
+    overwrite : bool
+        Replace an existing output.
+    progress : callable, optional
+        Called with (stage, bytes done, bytes in all).
+
+    Raises
+    ------
+    InputError, DataError, NothingToDo
+        With nothing left under the output's name.
+    """
+    run = _Selection(raw, targets, model or DSIR(), method, scores, top_k, hold_out, progress)
+    if (count is None) == (fraction is None):
+        raise InputError("give either a count or a fraction")
+    if fraction is not None and not 0 < fraction <= 1:
+        raise InputError(f"fraction must lie in (0, 1], not {fraction}")
+    if count is not None and count < 1:
+        raise InputError(f"count must be at least 1, not {count}")
+    with Output(out, overwrite) as output:
+        writer = RecordWriter(output.file(), os.path.basename(out), raw)
+        run.read_targets()
+        run.survey()
+        run.fit()
+        wanted = count if count is not None else max(1, round(fraction * run.tally.documents))
+        run.draw(wanted)
+        run.copy(writer)
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        result = run.result(os.fspath(out))
+        result.manifest = output.commit(_record(result, raw, targets, run))
+    return result
+
+
+def score_text(raw: Corpus, targets: Sequence[Corpus], model: DSIR | None = None) -> Scores:
+    """Log importance weight of every raw document as `Scores`; ids are "file:row".
+
+    Raises
+    ------
+    InputError
+        `model` keeps several targets apart: then there is no single weight.
+    """
+    model = model or DSIR()
+    if model.separate_targets and len(targets) > 1:
+        raise InputError("scores of separate targets are several per document; score one target at a time")
+    pooled = Corpus.joined(targets)
+    model.fit(raw, pooled)
+    ids = [f"{batch.source.name}:{row}" for unit in raw.units for batch in read(raw, unit) for row in batch.rows.tolist()]
+    parameters = {name: value for name, value in model.get_params().items() if name not in ("tokenizer", "workers")}
+    return Scores(model.log_weights(raw)[:, 0], ids, "sample", {"method": "dsir", "parameters": parameters})
+
+
+def _record(result: TextSelection, raw: Corpus, targets: Sequence[Corpus], run: _Selection) -> dict[str, Any]:
+    counts = {name: getattr(result, name) for name in
+              ("read", "selected", "not_selected", "too_short", "blank", "quarantined")}  # fmt: skip
+    parameters = {name: value for name, value in run.model.get_params().items() if name not in ("tokenizer", "workers")}
+    return {
+        "command": "select text",
+        "method": result.method,
+        "parameters": {**parameters, "top_k": run.top_k, "hold_out": run.hold_out},
+        "raw": [{"file": source.name, "bytes": source.size} for source in raw.sources],
+        "targets": [{"file": source.name, "bytes": source.size} for target in targets for source in target.sources],
+        "counts": counts,
+        "proof": result.proof.as_dict() if result.proof else None,
+    }
+
+
+class _Selection:
+    """The state that the passes hand on; every method is one pass."""
+
+    def __init__(self, raw, targets, model, method, scores, top_k, hold_out, progress) -> None:
+        if method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+        if not 0 <= hold_out <= 0.5:
+            raise InputError(f"hold_out must lie in 0..0.5, not {hold_out}")
+        if not targets:
+            raise InputError("a target is needed")
+        self.raw, self.model, self.top_k, self.hold_out = raw, model, top_k, hold_out
+        self.method = "scores" if scores is not None else method
+        self.targets = list(targets) if model.separate_targets else [Corpus.joined(targets)]
+        self.given = _by_source(scores, raw) if scores is not None else {}
+        self.progress = progress or (lambda stage, done, total: None)
+        self.featurizer, self.seed = model.featurizer(), model.random_state
+        self.warnings: list[str] = []
+
+    def _map(self, stage: str, fn: Callable[[Unit], Any], corpus: Corpus, units: Sequence[Unit] | None = None):
+        units = corpus.units if units is None else units
+        total, done = sum(unit.bytes for unit in units), 0
+        for unit, result in map_units(fn, units, workers=self.model.workers):
+            yield unit, result
+            done += unit.bytes
+            self.progress(stage, done, total)
+
+    def _uniform(self, purpose: str, batch: Batch) -> np.ndarray:
+        return uniform(self.seed, purpose, batch.source.file_id, batch.rows)
+
+    # --- the targets ---
+
+    def read_targets(self) -> None:
+        """Count every target, a keyed share of its documents held out."""
+        self.target_tally = Tally()
+        self.held, self.fitted = Texts(), Texts()
+        counts, held_counts = [], []
+        for target in self.targets:
+            peek(target)
+            total, held_total, tally = np.zeros((2, self.model.num_buckets), np.int64), 0, Tally()
+            limit = self.model.ngram_limit(target) if self.model.separate_targets else None
+            for _, (part, held, fitted, part_tally) in self._map(
+                "targets", lambda unit, t=target, m=limit: self._target_unit(t, unit, m), target
+            ):
+                total += part
+                self.held.extend(held)
+                self.fitted.extend(fitted)
+                tally.merge(part_tally)
+            tally.check(self.model.max_bad, "target")
+            self.target_tally.merge(tally)
+            counts.append(total[0])
+            held_counts.append(total[1])
+        self.target_counts = np.stack(counts)
+        if self.hold_out and (len(self.held) < 2 or len(self.fitted) < 2):
+            self.warnings.append("the target is too small to hold a part of it out: the choice was not measured")
+            self.target_counts = self.target_counts + np.stack(held_counts)
+            self.fitted.extend(self.held)
+            self.held = Texts()
+        if not self.target_counts.sum():
+            raise DataError("the target is empty: its documents hold no word")
+        size = int(self.target_counts.sum())
+        if size < 10 * self.model.num_buckets and not self.model.smoothing:
+            self.warnings.append(
+                f"the target has only {size:,} n-grams for {self.model.num_buckets:,} buckets: those it never shows weigh "
+                "heavily against a document; consider --smoothing 1 or fewer --buckets"
+            )
+
+    def _target_unit(self, target: Corpus, unit: Unit, limit: int | None):
+        counts, tally = np.zeros((2, self.model.num_buckets), np.int64), Tally()
+        held_out, fitted = Texts(), Texts()
+        for batch in read(target, unit):
+            tally.add(batch, self.model.max_bad)
+            held = self._uniform("hold-out", batch) < self.hold_out
+            for row, (mask, texts) in enumerate(((~held, fitted), (held, held_out))):
+                part = batch.text.filter(pa.array(mask))
+                add_counts(counts[row], self.featurizer(part), limit)
+                keep = self._sampled("target sample", batch, unit, target)[mask]
+                texts.add(part.filter(pa.array(keep)))
+        return counts, held_out, fitted, tally
+
+    def _sampled(self, purpose: str, batch: Batch, unit: Unit, corpus: Corpus) -> np.ndarray:
+        """Mask of a keyed sample, about `SAMPLE` documents of the corpus whatever its size."""
+        if not len(batch):
+            return np.zeros(0, bool)
+        per_document = max(batch.text.nbytes / len(batch), 1.0)
+        return self._uniform(purpose, batch) < SAMPLE * per_document / max(corpus.bytes, 1)
+
+    # --- the raw corpus ---
+
+    def survey(self) -> None:
+        """Count the raw corpus, and make sure that it has something in common with the target."""
+        peek(self.raw)
+        self.raw_counts, self.tally, self.raw_sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts()
+        self._shared = False
+        self._target_keys = np.unique(ngram_keys(self.fitted.array()))
+        limit = self.model.ngram_limit(self.raw)
+        for _, (counts, tally, sample) in self._map("count", lambda unit: self._survey_unit(unit, limit), self.raw):
+            self.raw_counts += counts
+            self.tally.merge(tally)
+            self.raw_sample.extend(sample)
+        self.tally.check(self.model.max_bad, "raw corpus")
+        if not self._shared:
+            raise DataError("no raw document shares a single word with the target: nothing can be weighed")
+
+    def _survey_unit(self, unit: Unit, limit: int | None):
+        counts, tally, sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts()
+        for batch in read(self.raw, unit):
+            tally.add(batch, self.model.max_bad)
+            if not self._shared and np.isin(ngram_keys(batch.text), self._target_keys).any():
+                self._shared = True
+            if limit is None or counts.sum() <= limit:
+                add_counts(counts, self.featurizer(batch.text), limit)
+            sample.add(batch.text.filter(pa.array(self._sampled("raw sample", batch, unit, self.raw))))
+        return counts, tally, sample
+
+    def fit(self) -> None:
+        """Estimate the weights, and train the classifier to compare with."""
+        self.model.fit_counts(self.raw_counts, self.target_counts)
+        self.heuristic = HeuristicClassifier(
+            ngrams=self.model.ngrams, num_buckets=self.model.num_buckets, hash=self.model.hash, random_state=self.seed
+        )
+        self._tables = self.model.log_diff_
+        if self.method == "heuristic" or len(self.held):
+            if self.model.tokenizer is not None:
+                raise InputError("heuristic classification works with the built-in tokenizer only; use hold_out=0")
+            if not len(self.raw_sample):
+                self.raw_sample = self.fitted  # a corpus of a handful of documents
+            self.heuristic.fit(self.raw_sample.strings(), self.fitted.strings())
+            self._tables = np.concatenate([self.model.log_diff_, self.heuristic.table_])
+
+    def draw(self, count: int) -> None:
+        """Weigh every raw document once; draw the selection and everything it is compared with."""
+        self.heaps, self.eligible, self.raw_weights = self._heaps(count), {}, []
+        for unit, (heaps, eligible, weights) in self._map("weigh", lambda unit: self._draw_unit(unit, count), self.raw):
+            for name, found in heaps.items():
+                for heap, part in zip(self.heaps[name], found):
+                    heap.merge(part)
+            self.eligible[unit.source.name] = self.eligible.get(unit.source.name, 0) + eligible
+            self.raw_weights.append(weights)
+        total = sum(self.eligible.values())
+        check_count(count, total, f" (of at least {self.model.min_tokens} tokens, of {self.tally.documents} in all)")
+        shares = quotas(count, self.model.target_proportions_.tolist()) if self.method == "dsir" else [count]
+        self.picks = {name: take(heaps, shares if name == "chosen" else [heaps[0].k]) for name, heaps in self.heaps.items()}
+
+    def _heaps(self, count: int) -> dict[str, list[TopK]]:
+        columns = len(self.model.log_diff_) if self.method == "dsir" else 1
+        heaps = {"chosen": [TopK(count) for _ in range(columns)], "most": [TopK(SHOWN)], "least": [TopK(SHOWN)]}
+        if len(self.held):
+            heaps |= {f"random {draw}": [TopK(count)] for draw in range(RANDOM_DRAWS)}
+            if self.method != "heuristic":
+                heaps["heuristic"] = [TopK(count)]
+            if self.method not in ("dsir", "scores"):
+                heaps["dsir"] = [TopK(count)]
+        return heaps
+
+    def _draw_unit(self, unit: Unit, count: int):
+        heaps, eligible, sampled = self._heaps(count), 0, []
+        for batch in read(self.raw, unit):
+            buckets = self.featurizer(batch.text)
+            long = np.flatnonzero(buckets.tokens >= self.model.min_tokens)
+            eligible += len(long)
+            values, keys = self._values_and_keys(batch, buckets)
+            rows = batch.rows[long]
+            for name, found in heaps.items():
+                for column, heap in enumerate(found):
+                    key = keys[name][:, column] if keys[name].ndim > 1 else keys[name]
+                    value = values[name][:, column] if values[name].ndim > 1 else values[name]
+                    heap.offer(key[long], value[long], unit.number, rows)
+            sampled.append(_first(values["chosen"])[long][self._sampled("raw sample", batch, unit, self.raw)[long]])
+        return heaps, eligible, np.concatenate(sampled or [np.empty(0)])
+
+    def _values_and_keys(self, batch: Batch, buckets: Buckets) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """For every drawing: the score of each document, and the key whose largest are taken."""
+        sums = buckets.sums(self._tables)
+        file_id, rows = batch.source.file_id, batch.rows
+        values: dict[str, np.ndarray] = {"dsir": sums[:, : len(self.model.log_diff_)]}
+        noise = np.stack(
+            [gumbel(self.seed, f"dsir target {t}", file_id, rows) for t in range(len(self.model.log_diff_))], axis=1
+        )
+        keys = {"dsir": values["dsir"] if self.top_k else values["dsir"] + noise}
+        if len(self._tables) > len(self.model.log_diff_):
+            lengths = np.diff(buckets.offsets)
+            values["heuristic"] = self.heuristic.probability(sums[:, -1], lengths)
+            first, second = self._uniform("pareto round", batch), self._uniform("pareto order", batch)
+            keys["heuristic"] = values["heuristic"] if self.top_k else self.heuristic.keys(values["heuristic"], first, second)
+        for draw in range(RANDOM_DRAWS):
+            values[f"random {draw}"] = keys[f"random {draw}"] = self._uniform(f"random {draw}", batch)
+        if self.method == "random":
+            values["chosen"] = keys["chosen"] = self._uniform("random", batch)
+        elif self.method == "scores":
+            values["chosen"] = _look_up(self.given, batch)
+            keys["chosen"] = values["chosen"] if self.top_k else values["chosen"] + noise[:, 0]
+        else:
+            values["chosen"], keys["chosen"] = values[self.method], keys[self.method]
+        values["most"] = values["least"] = keys["most"] = _first(values["chosen"])
+        keys["least"] = -keys["most"]
+        return values, keys
+
+    # --- the chosen records ---
+
+    def copy(self, writer: RecordWriter) -> None:
+        """Copy the chosen records, and read what the others chose for the comparison."""
+        self.selections = {name: Texts(self.model.num_buckets) for name in self.picks}
+        wanted = [np.unique(pick.units) for pick in self.picks.values()]
+        units = [self.raw.units[number] for number in np.unique(np.concatenate(wanted))]
+        held_out = self.held.hashes()
+        for _, (records, parts) in self._map("copy", lambda unit: self._copy_unit(unit, writer, held_out), self.raw, units):
+            for record in records:
+                writer.write(record)
+            for name, part in parts.items():
+                self.selections[name].extend(part)
+        writer.close()
+
+    def _copy_unit(self, unit: Unit, writer: RecordWriter, held_out: Int[np.ndarray, " n"]):
+        records, parts = [], {name: Texts(self.model.num_buckets) for name in self.picks}
+        rows = {name: pick.rows[pick.units == unit.number] for name, pick in self.picks.items()}
+        for batch in read(self.raw, unit, whole=True):
+            for name, part in parts.items():
+                mask = np.isin(batch.rows, rows[name])
+                if name == "chosen":
+                    records.append(writer.chosen(batch, mask))
+                if not mask.any():
+                    continue
+                texts = batch.text.filter(pa.array(mask))
+                if name in ("most", "least"):
+                    part.add(texts, [(batch.source.name, row) for row in batch.rows[mask].tolist()])
+                elif len(self.held):
+                    fresh = ~np.isin(text_hashes(texts.to_pylist()), held_out)  # a copy of a held-out document proves nothing
+                    part.count(self.featurizer(texts.filter(pa.array(fresh))))
+                    share = SAMPLE / len(self.picks[name].rows)
+                    keep = fresh & (self._uniform("byte model", batch)[mask] < share)
+                    part.add(texts.filter(pa.array(keep)))
+        return records, parts
+
+    def result(self, out: str) -> TextSelection:
+        """Everything there is to tell."""
+        chosen: Chosen = self.picks["chosen"]
+        eligible = sum(self.eligible.values())
+        proof = None
+        if len(self.held):
+            proof = prove(self.method, self.held, self.raw_counts, self.selections, self.featurizer, self.seed)
+            self.target_held_out = len(self.held)
+        names = np.array([unit.source.name for unit in self.raw.units], dtype=object)[chosen.units]
+        taken = dict(zip(*np.unique(names.astype(str), return_counts=True))) if len(names) else {}
+        return TextSelection(
+            out=out,
+            method=self.method,
+            read=self.tally.read,
+            selected=len(chosen.rows),
+            not_selected=eligible - len(chosen.rows),
+            too_short=self.tally.documents - eligible,
+            blank=self.tally.blank,
+            quarantined=len(self.tally.bad),
+            target_documents=self.target_tally.documents,
+            target_held_out=len(self.held),
+            proof=proof,
+            weights=np.concatenate(self.raw_weights),
+            chosen_weights=chosen.values,
+            sources=[(name, count, int(taken.get(name, 0))) for name, count in self.eligible.items()],
+            ngrams=self._telling_ngrams() if self.model.tokenizer is None else [],
+            most=self._shown("most"),
+            least=self._shown("least"),
+            warnings=self.warnings,
+        )
+
+    def _shown(self, name: str) -> list[tuple[str, float, str]]:
+        pick, texts = self.picks[name], self.selections[name]
+        text_of = dict(zip(texts.where, texts.strings()))
+        order = np.argsort(-pick.values if name == "most" else pick.values, kind="stable")
+        shown = []
+        for at in order:
+            source = self.raw.units[pick.units[at]].source.name
+            text = text_of[(source, int(pick.rows[at]))]
+            shown.append((f"{source}:{pick.rows[at]}", float(pick.values[at]), text[:2000]))
+        return shown
+
+    def _telling_ngrams(self) -> list[tuple[str, float, int, int]]:
+        """The n-grams of a keyed sample, most over-represented in the target first (of pooled or first target)."""
+        found: dict[str, list[int]] = {}
+        for side, texts in enumerate((self.raw_sample, self.fitted)):
+            for text in texts.strings()[:500]:
+                for gram in ngram_strings(tokenize(text), self.model.ngrams):
+                    found.setdefault(gram, [0, 0])[side] += 1
+        common = [(gram, *counts) for gram, counts in found.items() if sum(counts) >= 5 and len(gram) <= 60]
+        if not common:
+            return []
+        ratios = self.featurizer([gram for gram, _, _ in common])
+        values = self.model.log_diff_[0][ratios.ids[ratios.offsets[1:] - 1]]  # the whole n-gram is its last entry
+        order = np.argsort(-values, kind="stable")
+        return [(common[i][0], float(values[i]), common[i][1], common[i][2]) for i in order]
+
+
+def _first(values: np.ndarray) -> np.ndarray:
+    """One score per document: the best over separate targets."""
+    return values.max(axis=1) if values.ndim > 1 else values
+
+
+def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scores by file: sorted rows and their values."""
+    parts: dict[str, list[tuple[int, float]]] = {}
+    for name, value in zip(scores.ids, scores.values.tolist()):
+        file, _, row = name.rpartition(":")
+        if not row.isdigit():
+            raise InputError(f"scores must have ids of the form file:row, not {name!r}")
+        parts.setdefault(file, []).append((int(row), value))
+    missing = sorted({source.name for source in raw.sources} - set(parts))
+    if missing:
+        raise InputError(f"the scores have no id for the documents of {missing[0]!r}; they are of {sorted(parts)[:3]}")
+    return {file: tuple(map(np.array, zip(*sorted(pairs)))) for file, pairs in parts.items()}
+
+
+def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Batch) -> Float[np.ndarray, " n"]:
+    rows, values = given[batch.source.name]
+    where = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
+    missing = np.flatnonzero(rows[where] != batch.rows)
+    if len(missing):
+        raise InputError(f"document {batch.source.name}:{batch.rows[missing[0]]} has no score")
+    return values[where]
