@@ -42,21 +42,24 @@ class TextPool(NamedTuple):
     held_out: list[Document]
 
 
-def chunks(text: str, words: int = 128, at_least: int = 100) -> list[str]:
+def chunks(text: str, words: int = 128, at_least: int = 100, single_spaces: bool = False) -> list[str]:
     """Cut a text into pieces of `words` words, white space inside a piece as it was.
 
-    A word is a run of characters without white space. (DSIR's own pipeline splits on single spaces; in
-    indented source code two thirds of such "words" are empty, and most chunks then fall below DSIR's minimum
-    of 100 tokens.) What is left at the end is kept if it has `at_least` words.
+    A word is a run of characters without white space; with `single_spaces` every single space ends a word, as in DSIR's
+    own pipeline, so that indented code has many empty ones. What is left at the end is kept if it has `at_least` words.
     """
+    if single_spaces:
+        parts = text.split(" ")
+        pieces = [parts[start : start + words] for start in range(0, len(parts), words)]
+        return [" ".join(piece) for piece in pieces if len(piece) >= min(at_least, words)]
     ends = [match.end() for match in re.finditer(r"\S+", text)]
-    pieces, start = [], 0
+    cut, start = [], 0
     for first in range(0, len(ends), words):
         last = min(first + words, len(ends))
         if last - first >= min(at_least, words):
-            pieces.append(text[start : ends[last - 1]].strip())
+            cut.append(text[start : ends[last - 1]].strip())
         start = ends[last - 1]
-    return pieces
+    return cut
 
 
 def docstrings(package: str) -> list[Document]:
@@ -80,7 +83,9 @@ def docstrings(package: str) -> list[Document]:
     return list(found.values())
 
 
-def package_corpus(packages: Sequence[str], words: int = 128) -> list[Document]:
+def package_corpus(
+    packages: Sequence[str], words: int = 128, single_spaces: bool = False
+) -> list[Document]:
     """Docstrings of packages as documents of `words` words: those of one file in a row, cut by `chunks`.
 
     Raises
@@ -94,11 +99,13 @@ def package_corpus(packages: Sequence[str], words: int = 128) -> list[Document]:
         for document in docstrings(package):
             by_file.setdefault(document.path, []).append(document.text)
         for path, texts in by_file.items():
-            corpus += [Document(piece, package, path) for piece in chunks("\n\n".join(texts), words)]
+            corpus += [Document(piece, package, path) for piece in chunks("\n\n".join(texts), words, single_spaces=single_spaces)]
     return corpus
 
 
-def source_passages(root: Path | None = None, words: int = 128) -> list[Document]:
+def source_passages(
+    root: Path | None = None, words: int = 128, single_spaces: bool = False
+) -> list[Document]:
     """Source code of the Python files below `root` (default: the standard library), cut by `chunks`.
 
     Files that cannot be decoded are left out.
@@ -112,11 +119,13 @@ def source_passages(root: Path | None = None, words: int = 128) -> list[Document
         except (OSError, SyntaxError, UnicodeDecodeError):
             continue
         where = path.relative_to(root).as_posix()
-        passages += [Document(piece, STDLIB, where) for piece in chunks(text, words)]
+        passages += [Document(piece, STDLIB, where) for piece in chunks(text, words, single_spaces=single_spaces)]
     return passages
 
 
-def pool(seed: int, target: str = "scipy", packages: Sequence[str] = BASE) -> TextPool:
+def pool(
+    seed: int, target: str = "scipy", packages: Sequence[str] = BASE, single_spaces: bool = False
+) -> TextPool:
     """A pool for data selection: can a method find the text of one package among all the rest?
 
     Parameters
@@ -128,6 +137,8 @@ def pool(seed: int, target: str = "scipy", packages: Sequence[str] = BASE) -> Te
         `held_out`, and half is hidden in `raw`; ``document.source == target`` tells which.
     packages : sequence of str
         Packages whose docstrings make up the raw pool, together with the standard library's source.
+    single_spaces : bool
+        See `chunks`.
 
     Raises
     ------
@@ -135,10 +146,10 @@ def pool(seed: int, target: str = "scipy", packages: Sequence[str] = BASE) -> Te
         A package is not installed.
     """
     rng = np.random.default_rng(seed)
-    wanted = _shuffled(rng, package_corpus([target]))
+    wanted = _shuffled(rng, package_corpus([target], single_spaces=single_spaces))
     quarter = len(wanted) // 4
-    others = package_corpus([package for package in packages if package != target])
-    raw = _shuffled(rng, source_passages() + others + wanted[2 * quarter :])
+    others = package_corpus([name for name in packages if name != target], single_spaces=single_spaces)
+    raw = _shuffled(rng, source_passages(single_spaces=single_spaces) + others + wanted[2 * quarter :])
     return TextPool(raw, wanted[:quarter], wanted[quarter : 2 * quarter])
 
 
