@@ -80,7 +80,13 @@ def build(family: str) -> nn.Module:
         model = t.MixtralForCausalLM(config)
     elif family == "t5":
         config = t.T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            decoder_start_token_id=0,
         )
         model = t.T5ForConditionalGeneration(config)
     elif family == "vit":
@@ -111,7 +117,8 @@ TEXT = ["gpt2", "llama", "qwen2"]
 FAMILIES = [*TEXT, "moe", "t5", "vit", "resnet"]
 LAYER = {
     "plain": "conv", "gpt2": "transformer.h.1", "llama": "model.layers.1", "qwen2": "model.layers.1",
-    "moe": "model.layers.1", "t5": "encoder.block.0", "vit": "vit.layers.1", "resnet": "resnet.encoder.stages.0",
+    "moe": "model.layers.1",
+    "t5": "encoder.block.0", "vit": "vit.layers.1", "resnet": "resnet.encoder.stages.0",
 }  # fmt: skip
 
 

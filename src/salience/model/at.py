@@ -38,7 +38,9 @@ def logits_of(output: Any) -> Tensor:
 
 class _Captured(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
-        raise InputError(f"layer: nothing captured at {name!r}; it was not asked for, or the pass did not reach it")
+        raise InputError(
+            f"layer: nothing captured at {name!r}; it was not asked for, or the pass did not reach it"
+        )
 
 
 @contextmanager
@@ -125,13 +127,15 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     InputError
         The model cannot switch: it is not from `transformers`, or its class has only one implementation.
     """
-    switch = getattr(model, "set_attn_implementation", None)
+    switch: Any = getattr(model, "set_attn_implementation", None)
     if switch is None:
         raise InputError(
-            f"model: {type(model).__name__} is no transformers model, so its attention cannot be made readable; "
+            f"model: {type(model).__name__} is no transformers model, its attention cannot be made readable; "
             "read a layer that returns the weights itself, with salience.model.capture"
         )
-    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    configs: list[Any] = list(
+        {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    )
     before = [(config, config._attn_implementation) for config in configs]
     try:
         switch("eager")

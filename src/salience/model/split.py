@@ -41,7 +41,7 @@ class Split:
         self.layer = layer
 
     def encode(self, inputs: Any) -> Float[Tensor, "batch ..."]:
-        """The layer's output for `inputs` (a tensor, a tuple or a mapping); the rest of the pass is not run."""
+        """The layer's output for `inputs` (a tensor, a tuple or a mapping); what follows it is not run."""
 
         def stop(activations: Tensor) -> Tensor:
             raise _Reached
@@ -93,4 +93,3 @@ class Split:
                 f"{activations.shape[0]} of activations; pass inputs of the same size"
             )
         return logits
-
