@@ -19,7 +19,9 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     """The sub-module of `model` called `name`; an `InputError` tells the nearest names if there is none."""
     modules = dict(model.named_modules())
     if name not in modules:
-        raise InputError(f"layer: {type(model).__name__} has no layer {name!r}; {nearest(name, modules)}")
+        raise InputError(
+            f"layer: {type(model).__name__} has no layer {name!r}; {nearest(name, filter(None, modules))}"
+        )
     return modules[name]
 
 
@@ -134,7 +136,11 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
             "read a layer that returns the weights itself, with salience.model.capture"
         )
     configs: list[Any] = list(
-        {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+        {
+            id(m.config): m.config
+            for m in model.modules()
+            if hasattr(m, "config") and hasattr(m.config, "_attn_implementation")
+        }.values()
     )
     before = [(config, config._attn_implementation) for config in configs]
     try:
@@ -154,7 +160,9 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooks(model: nn.Module, hooks: Mapping[str, Callable]) -> Iterator[None]:
-    handles = [layer(model, name).register_forward_hook(hook) for name, hook in hooks.items()]
+    # All names are looked up first: one that is wrong must not leave the others' hooks behind.
+    layers = [layer(model, name) for name in hooks]
+    handles = [at.register_forward_hook(hook) for at, hook in zip(layers, hooks.values(), strict=True)]
     try:
         yield
     finally:

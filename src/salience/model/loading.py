@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import nn
 
@@ -84,7 +85,7 @@ def _load_file(file: Path, arch: str | None, dtype: torch.dtype | None) -> nn.Mo
     try:
         # Knows tied weights: a key whose tensor is shared with a stored one does not count as missing.
         missing, unexpected = load_model(model, file, strict=False)
-    except Exception as error:  # shape mismatch (RuntimeError) or a broken file (SafetensorError)
+    except (RuntimeError, SafetensorError) as error:  # a shape that does not fit, a broken file
         raise DataError(f"{file}: cannot be loaded into {arch}: {error}") from error
     _refuse_missing(str(file), missing)
     if unexpected:
@@ -132,7 +133,7 @@ def _load_directory(root: Path, dtype: torch.dtype | None) -> nn.Module:
             output_loading_info=True,
             **safely,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{root}: cannot be loaded as {name}: {error}") from error
     _refuse_missing(str(root), info["missing_keys"])
     if info["unexpected_keys"]:

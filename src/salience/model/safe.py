@@ -61,13 +61,13 @@ def check_directory(path: str | os.PathLike) -> Path:
     root = Path(path).resolve()
     files = list(_files(root))
     suffixes = {file.suffix.lower() for file in files}
-    if "model_index.json" in {file.name for file in files} and ".py" in suffixes:
-        raise DataError(f"{root}: a pipeline with Python files would run them; remove the *.py files")
     for file in files:
         if file.suffix.lower() == ".json":
             _check_json(file)
         elif file.suffix.lower() == ".safetensors":
             check_header(file)
+    if "model_index.json" in {file.name for file in files} and ".py" in suffixes:
+        raise DataError(f"{root}: a pipeline with Python files would run them; remove the *.py files")
     if ".safetensors" not in suffixes and suffixes & PICKLES:
         raise DataError(
             f"{root}: its weights are in a pickle format ({', '.join(sorted(suffixes & PICKLES))}), which "

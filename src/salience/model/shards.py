@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -179,7 +179,7 @@ def _rewritten(name: str, tensor: Tensor, tensor_fn: Callable[[str, Tensor], Ten
 def _open(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
-    except Exception as error:  # safetensors' own error type is an Exception
+    except SafetensorError as error:
         raise DataError(f"{file}: not readable as safetensors: {error}") from error
 
 
