@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from salience.errors import InputError, NothingToDo
 
@@ -83,9 +83,9 @@ def _batches(data: Any, batch_size: int) -> tuple[Iterator[_Batch], int | None]:
     """The batches of `data`, and its number of rows where that is known."""
     if isinstance(data, DataLoader):
         return (_cuttable(batch) for batch in data), _rows_of(data)
+    if isinstance(data, IterableDataset):
+        return _batches(DataLoader(data, batch_size), batch_size)
     if not hasattr(data, "__getitem__") or isinstance(data, str | Mapping):
-        if isinstance(data, Dataset):  # an iterable dataset
-            return _batches(DataLoader(data, batch_size), batch_size)
         raise InputError(
             f"data: got {type(data).__name__}; give a tensor, an array, a DataLoader, a Dataset or a sequence"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -75,9 +76,9 @@ def span_log_probs(
             mask = pad_sequence(
                 [torch.ones(shared + len(t), dtype=torch.long) for t in tails], batch_first=True
             )
-            kwargs = {} if cache is None else {"past_key_values": copy.deepcopy(cache)}
-            if cache is not None:  # a pass writes to its cache, so each batch has a copy of its own
-                kwargs["past_key_values"].batch_repeat_interleave(len(batch))
+            kwargs = {} if cache is None else {_cache_name(model): copy.deepcopy(cache)}
+            for own in kwargs.values():  # a pass writes to its cache, so each batch has a copy
+                own.batch_repeat_interleave(len(batch))
             # Padding stands on the right, where no token before it can see it and no position is shifted.
             logits = model(input_ids=ids[:, :-1], attention_mask=mask[:, :-1].to(device), **kwargs).logits
             logits = logits.float()
@@ -182,7 +183,13 @@ def _tokenise(tokenizer: Any, prefix: str, continuations: Sequence[str]) -> tupl
 
 
 def _cache(model: Any, ids: list[int], device: torch.device) -> Any:
-    cache = model(input_ids=torch.tensor([ids], device=device), use_cache=True).past_key_values
+    output = model(input_ids=torch.tensor([ids], device=device), use_cache=True)
+    cache = getattr(output, _cache_name(model), None)
     if not hasattr(cache, "batch_repeat_interleave"):
         raise InputError(f"model: {type(model).__name__} keeps no cache of keys and values to share")
     return cache
+
+
+def _cache_name(model: Any) -> str:
+    """transformers 5.24 began to call it `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
