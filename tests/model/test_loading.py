@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file, save_model
 
 from salience.errors import DataError, InputError
@@ -48,8 +49,27 @@ def test_dtype_is_that_of_the_directory_unless_said(tmp_path):
 def test_attention_is_set_explicitly(tmp_path):
     save("llama", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"_attn_implementation": "flash_attention_3"}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "eager"}))
     assert load(tmp_path).model.config._attn_implementation == "sdpa"
+
+
+def test_every_safe_setting_is_said_aloud(tmp_path, tokenizer, monkeypatch):
+    """Defaults of other libraries, and fields of the directory, decide nothing."""
+    save("llama", tmp_path, tokenizer)
+    said = {}
+    for cls in (transformers.AutoConfig, transformers.LlamaForCausalLM, transformers.AutoProcessor):
+
+        def spy(path, original=cls.from_pretrained, name=cls.__name__, **settings):
+            said[name] = settings
+            return original(path, **settings)
+
+        monkeypatch.setattr(cls, "from_pretrained", spy)
+    load(tmp_path)
+    assert set(said) == {"AutoConfig", "LlamaForCausalLM", "AutoProcessor"}
+    for settings in said.values():
+        assert settings["trust_remote_code"] is False and settings["local_files_only"] is True
+    assert said["LlamaForCausalLM"]["use_safetensors"] is True
+    assert said["LlamaForCausalLM"]["attn_implementation"] == "sdpa"
 
 
 def test_missing_weights_are_an_error_not_noise(tmp_path):
@@ -80,6 +100,10 @@ def test_a_directory_that_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["os"]}')
     with pytest.raises(DataError, match="'os'"):
         load(tmp_path)
+    for config in ('{"model_type": "llama", "hidden_size": "wide"}', "[]", '{"model_type": ["llama"]}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(DataError, match="no transformers model"):
+            load(tmp_path)
 
 
 @pytest.mark.parametrize(("arch", "network"), [("tiny:plain", Plain), ("tiny:pair", Pair)])

@@ -62,6 +62,7 @@ HOSTILE = {
     "kernel, plain field": ("config.json", {"attn_implementation": "someone/kernel@main:fn"}),
     "kernel per sub-model": ("config.json", {"_attn_implementation": {"": "sdpa", "text_config": "a/b"}}),
     "kernel in nested config": ("config.json", {"text_config": {"_attn_implementation_internal": "a/b"}}),
+    "unknown attention": ("config.json", {"attn_implementation": "registered_by_someone"}),
     "kernel in disguise": ("config.json", {"_attn_implementation": "paged|a/b"}),
     "CVE-2026-5241": ("config.json", {"text_config": {"trust_remote_code": True, "model_type": "llama"}}),
     "trust as a number": ("config.json", {"backbone_kwargs": [{"trust_remote_code": 1}]}),

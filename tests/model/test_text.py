@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from salience.errors import DataError, InputError, NothingToDo
 from salience.model import embed, span_log_probs
-from tiny import TEXT, build, state_hash
+from tiny import TEXT, VOCABULARY, build, state_hash
 
 PREFIX = "the cat sat on the"
 ENDS = [" mat", " mat, and what does not count?", "se weights", " cat sat on the mat"]
@@ -35,6 +36,18 @@ def test_cached_and_batched_equals_uncached_one_by_one(family, batch_size, token
         assert span.dtype == torch.float32
         torch.testing.assert_close(span.double(), expected, atol=1e-4, rtol=0)
     assert min(float(span.std()) for span in spans if len(span) > 1) > 0.01  # not all alike
+
+
+def test_a_sliding_window_shorter_than_the_prefix(tokenizer):
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).eval()
+    for text, span in zip(ENDS, span_log_probs(model, tokenizer, PREFIX, ENDS), strict=True):
+        expected = one_by_one(model, tokenizer, PREFIX, text)
+        torch.testing.assert_close(span.double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_token_across_the_seam_belongs_to_the_continuation(tokenizer):
@@ -90,6 +103,8 @@ def test_bad_text_input_is_named(tokenizer):
     class Slow:
         is_fast = False
 
+    with pytest.raises(InputError, match="encoder-decoder"):
+        span_log_probs(build("t5"), tokenizer, PREFIX, ENDS)
     with pytest.raises(InputError, match="Slow"):
         span_log_probs(model, Slow(), PREFIX, ENDS)
     with torch.no_grad():

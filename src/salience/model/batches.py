@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -137,22 +137,25 @@ def _cuttable(batch: Any) -> _Batch:
 
 def _results(fn: Callable, batches: Iterator[_Batch], count: int | None, progress: bool) -> Iterator[Any]:
     limit, told = math.inf, False
-    for rows, take in track(batches, "batches", total=None, disable=not progress):
-        start = 0
-        while start < rows:
-            step = int(min(limit, rows - start))
-            result, error = _attempt(fn, take, start, start + step)
-            if error is None:
-                yield result
-                start += step
-                continue
-            if step == 1:
-                raise error
-            limit = step // 2
-            _free_memory()
-            if not told:
-                warnings.warn(f"out of memory: going on with batches of at most {limit} rows", stacklevel=3)
-                told = True
+    with Progress(disable=not progress) as bar:
+        task = bar.add_task("rows", total=count)
+        for rows, take in batches:
+            start = 0
+            while start < rows:
+                step = int(min(limit, rows - start))
+                result, error = _attempt(fn, take, start, start + step)
+                if error is None:
+                    yield result
+                    start += step
+                    bar.advance(task, step)
+                    continue
+                if step == 1:
+                    raise error
+                limit = step // 2
+                _free_memory()
+                if not told:
+                    warnings.warn(f"out of memory: going on with {limit} rows or fewer a batch", stacklevel=3)
+                    told = True
 
 
 def _attempt(

@@ -27,7 +27,7 @@ class History:
 def fit(
     model: nn.Module,
     inputs: Shaped[Tensor, "n ..."],
-    targets: Shaped[Tensor, "n ..."],
+    targets: Shaped[Tensor, "_ ..."],
     *,
     loss: Callable[[Any, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,

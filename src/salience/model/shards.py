@@ -81,6 +81,7 @@ def rewrite(
     (partial / _LEDGER).unlink()
     if out.exists():
         old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)  # from a run killed between the next two lines
         os.replace(out, old)
         os.replace(partial, out)
         shutil.rmtree(old)

@@ -25,7 +25,7 @@ def span_log_probs(
     continuations: Sequence[str],
     *,
     batch_size: int = 32,
-) -> list[Float[Tensor, token]]:
+) -> list[Float[Tensor, " _"]]:
     r"""Log-probability of every token of each continuation, given the prefix that they share.
 
     .. math:: \log p(t_j \mid \text{prefix}, t_1, \dots, t_{j-1})
@@ -53,11 +53,13 @@ def span_log_probs(
     Raises
     ------
     InputError
-        The tokenizer is not a fast one, the model keeps no cache of keys and values, or a first token has
-        nothing before it.
+        The tokenizer is not a fast one, the model is not causal or keeps no cache of keys and values, or a
+        first token has nothing before it.
     DataError
         A continuation has no token, or a log-probability is not finite.
     """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"model: {type(model).__name__} is no causal language model but an encoder-decoder")
     if not continuations:
         raise NothingToDo("continuations: there are none")
     rows, starts = _tokenise(tokenizer, prefix, continuations)
@@ -135,7 +137,7 @@ def embed(
         raise InputError(f"pooling: got {pooling!r}; it must be 'mean', 'cls' or 'last'")
     device = next(model.parameters()).device
     config = model.config
-    backbone = model.get_encoder() if config.is_encoder_decoder else model.base_model
+    backbone = model.get_encoder() if getattr(config, "is_encoder_decoder", False) else model.base_model
     longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 10**9)
 
     def one_batch(batch: Sequence[str]) -> Tensor:
