@@ -24,7 +24,7 @@ def write(path: Path, documents: list[Document]) -> None:
 
 def main(folder: Path) -> None:
     """Write raw/ and target.jsonl below `folder`."""
-    corpus = pool(seed=0)
+    corpus = pool(seed=0, single_spaces=True)
     for source in sorted({document.source for document in corpus.raw}):
         write(folder / "raw" / f"{source}.jsonl", [item for item in corpus.raw if item.source == source])
     write(folder / "target.jsonl", corpus.target)

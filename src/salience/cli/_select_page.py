@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from salience.data.text_selection import TextSelection
 
-_NGRAMS = 20
 _SOURCES = 20
 
 
@@ -47,7 +46,7 @@ def write_page(result: TextSelection, path: Path) -> None:
             "How the documents' scores are distributed: a sample of all eligible ones, and those selected.",
         ),
     ]
-    if result.ngrams:
+    if result.ngrams_for or result.ngrams_against:
         blocks += _ngrams(report, result)
     if len(result.sources) > 1:
         blocks += _sources(report, figures, result)
@@ -99,8 +98,8 @@ def _ngrams(report, result: TextSelection) -> list:
     columns = ("n-gram", "log ratio", "in raw sample", "in target sample")
     return [
         report.heading("What decided"),
-        report.table(columns, result.ngrams[:_NGRAMS], "Words and pairs that speak most for the target."),
-        report.table(columns, result.ngrams[::-1][:_NGRAMS], "Words and pairs that speak most against it."),
+        report.table(columns, result.ngrams_for, "Words and pairs that speak most for the target."),
+        report.table(columns, result.ngrams_against, "Words and pairs that speak most against it."),
     ]
 
 

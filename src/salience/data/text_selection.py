@@ -8,13 +8,13 @@ with: random documents three times, and heuristic classification.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from salience.data.baselines import HeuristicClassifier
 from salience.data.dsir.features import Buckets, ngram_keys, ngram_strings, tokenize
@@ -23,14 +23,16 @@ from salience.data.dsir.weights import DSIR, add_counts
 from salience.data.proof import Proof, Texts, prove, text_hashes
 from salience.errors import DataError, InputError
 from salience.io import (
-    Batch, Corpus, Output, RecordWriter, Tally, Unit, gumbel, map_units, peek, read, uniform, write_quarantine,
+    Batch, Corpus, Output, RecordWriter, Source, Tally, Unit, gumbel, map_units, peek, read, uniform, write_quarantine,
 )  # fmt: skip
 from salience.scores import Scores
 
 METHODS = ("dsir", "heuristic", "random")
 RANDOM_DRAWS = 3
+KEPT_BYTES = 128 << 20  # features kept from counting, so that so much of a corpus is read and hashed only once
 SAMPLE = 2000  # documents kept of each side: for the classifier, the figures, and the byte model
 SHOWN = 10
+TELLING = 20
 Progress = Callable[[str, int, int], object]
 
 
@@ -47,8 +49,8 @@ class TextSelection:
     weights, chosen_weights : (n,) float64
         Scores of a sample of eligible documents, and of the chosen ones.
     sources : list of (name, eligible, chosen)
-    ngrams : list of (n-gram, log ratio, count in raw sample, count in target sample)
-        Largest ratios first.
+    ngrams_for, ngrams_against : list of (n-gram, log ratio, count in raw sample, count in target sample)
+        What moved the weights most: ratio times count in the target, and in the raw sample.
     most, least : list of (where, score, text)
         Documents with the largest and smallest scores.
     warnings : list of str
@@ -69,7 +71,8 @@ class TextSelection:
     weights: Float[np.ndarray, " n"]
     chosen_weights: Float[np.ndarray, " m"]
     sources: list[tuple[str, int, int]]
-    ngrams: list[tuple[str, float, int, int]]
+    ngrams_for: list[tuple[str, float, int, int]]
+    ngrams_against: list[tuple[str, float, int, int]]
     most: list[tuple[str, float, str]]
     least: list[tuple[str, float, str]]
     warnings: list[str]
@@ -184,6 +187,15 @@ def _record(result: TextSelection, raw: Corpus, targets: Sequence[Corpus], run: 
     }
 
 
+class Hashed(NamedTuple):
+    """A batch reduced to what weighing needs; `sampled` marks the documents whose weights the report shows."""
+
+    source: Source
+    rows: Int[np.ndarray, " documents"]
+    buckets: Buckets
+    sampled: Bool[np.ndarray, " documents"]
+
+
 class _Selection:
     """The state that the passes hand on; every method is one pass."""
 
@@ -210,7 +222,7 @@ class _Selection:
             done += unit.bytes
             self.progress(stage, done, total)
 
-    def _uniform(self, purpose: str, batch: Batch) -> np.ndarray:
+    def _uniform(self, purpose: str, batch: Batch | Hashed) -> np.ndarray:
         return uniform(self.seed, purpose, batch.source.file_id, batch.rows)
 
     # --- the targets ---
@@ -276,27 +288,46 @@ class _Selection:
         """Count the raw corpus, and make sure that it has something in common with the target."""
         peek(self.raw)
         self.raw_counts, self.tally, self.raw_sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts()
-        self._shared = False
+        self._shared, self.kept, room = False, {}, KEPT_BYTES
         self._target_keys = np.unique(ngram_keys(self.fitted.array()))
         limit = self.model.ngram_limit(self.raw)
-        for _, (counts, tally, sample) in self._map("count", lambda unit: self._survey_unit(unit, limit), self.raw):
+        for unit, (counts, tally, sample, weighed) in self._map("count", lambda unit: self._survey_unit(unit, limit), self.raw):
             self.raw_counts += counts
             self.tally.merge(tally)
             self.raw_sample.extend(sample)
+            room -= sum(part.buckets.nbytes for part in weighed)
+            if len(weighed) and room > 0:
+                self.kept[unit.number] = weighed
         self.tally.check(self.model.max_bad, "raw corpus")
         if not self._shared:
             raise DataError("no raw document shares a single word with the target: nothing can be weighed")
 
     def _survey_unit(self, unit: Unit, limit: int | None):
-        counts, tally, sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts()
+        counts, tally, sample, hashed = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts(), []
         for batch in read(self.raw, unit):
             tally.add(batch, self.model.max_bad)
-            if not self._shared and np.isin(ngram_keys(batch.text), self._target_keys).any():
-                self._shared = True
-            if limit is None or counts.sum() <= limit:
-                add_counts(counts, self.featurizer(batch.text), limit)
-            sample.add(batch.text.filter(pa.array(self._sampled("raw sample", batch, unit, self.raw))))
-        return counts, tally, sample
+            self._shared = self._shared or self._shares(batch.text.slice(0, 64)) or self._shares(batch.text)
+            sampled = self._sampled("raw sample", batch, unit, self.raw)
+            sample.add(batch.text.filter(pa.array(sampled)))
+            if limit is not None and counts.sum() > limit:
+                hashed = None  # enough to fit on: the rest of the unit is hashed when it is weighed
+            if hashed is not None or limit is None:
+                buckets = self.featurizer(batch.text)
+                add_counts(counts, buckets, limit)
+                hashed.append(Hashed(batch.source, batch.rows, buckets.compact(self.model.num_buckets), sampled))
+        return counts, tally, sample, hashed or []
+
+    def _shares(self, texts: pa.Array) -> bool:
+        return bool(np.isin(ngram_keys(texts), self._target_keys).any())
+
+    def _hashed(self, unit: Unit) -> Iterator[Hashed]:
+        """The features of a unit: kept from counting, or made again."""
+        if unit.number in self.kept:
+            yield from self.kept[unit.number]
+            return
+        for batch in read(self.raw, unit):
+            sampled = self._sampled("raw sample", batch, unit, self.raw)
+            yield Hashed(batch.source, batch.rows, self.featurizer(batch.text), sampled)
 
     def fit(self) -> None:
         """Estimate the weights, and train the classifier to compare with."""
@@ -340,23 +371,22 @@ class _Selection:
 
     def _draw_unit(self, unit: Unit, count: int):
         heaps, eligible, sampled = self._heaps(count), 0, []
-        for batch in read(self.raw, unit):
-            buckets = self.featurizer(batch.text)
-            long = np.flatnonzero(buckets.tokens >= self.model.min_tokens)
+        for batch in self._hashed(unit):
+            long = np.flatnonzero(batch.buckets.tokens >= self.model.min_tokens)
             eligible += len(long)
-            values, keys = self._values_and_keys(batch, buckets)
+            values, keys = self._values_and_keys(batch)
             rows = batch.rows[long]
             for name, found in heaps.items():
                 for column, heap in enumerate(found):
                     key = keys[name][:, column] if keys[name].ndim > 1 else keys[name]
                     value = values[name][:, column] if values[name].ndim > 1 else values[name]
                     heap.offer(key[long], value[long], unit.number, rows)
-            sampled.append(_first(values["chosen"])[long][self._sampled("raw sample", batch, unit, self.raw)[long]])
+            sampled.append(_first(values["chosen"])[long][batch.sampled[long]])
         return heaps, eligible, np.concatenate(sampled or [np.empty(0)])
 
-    def _values_and_keys(self, batch: Batch, buckets: Buckets) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def _values_and_keys(self, batch: Hashed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """For every drawing: the score of each document, and the key whose largest are taken."""
-        sums = buckets.sums(self._tables)
+        sums = batch.buckets.sums(self._tables)
         file_id, rows = batch.source.file_id, batch.rows
         values: dict[str, np.ndarray] = {"dsir": sums[:, : len(self.model.log_diff_)]}
         noise = np.stack(
@@ -364,11 +394,11 @@ class _Selection:
         )
         keys = {"dsir": values["dsir"] if self.top_k else values["dsir"] + noise}
         if len(self._tables) > len(self.model.log_diff_):
-            lengths = np.diff(buckets.offsets)
+            lengths = np.diff(batch.buckets.offsets)
             values["heuristic"] = self.heuristic.probability(sums[:, -1], lengths)
             first, second = self._uniform("pareto round", batch), self._uniform("pareto order", batch)
             keys["heuristic"] = values["heuristic"] if self.top_k else self.heuristic.keys(values["heuristic"], first, second)
-        for draw in range(RANDOM_DRAWS):
+        for draw in range(RANDOM_DRAWS if len(self.held) else 0):
             values[f"random {draw}"] = keys[f"random {draw}"] = self._uniform(f"random {draw}", batch)
         if self.method == "random":
             values["chosen"] = keys["chosen"] = self._uniform("random", batch)
@@ -399,7 +429,8 @@ class _Selection:
     def _copy_unit(self, unit: Unit, writer: RecordWriter, held_out: Int[np.ndarray, " n"]):
         records, parts = [], {name: Texts(self.model.num_buckets) for name in self.picks}
         rows = {name: pick.rows[pick.units == unit.number] for name, pick in self.picks.items()}
-        for batch in read(self.raw, unit, whole=True):
+        wanted = np.unique(np.concatenate(list(rows.values())))
+        for batch in read(self.raw, unit, whole=True, rows=wanted):
             for name, part in parts.items():
                 mask = np.isin(batch.rows, rows[name])
                 if name == "chosen":
@@ -424,9 +455,12 @@ class _Selection:
         proof = None
         if len(self.held):
             proof = prove(self.method, self.held, self.raw_counts, self.selections, self.featurizer, self.seed)
-            self.target_held_out = len(self.held)
+            against = [item.better for item in proof.comparisons if item.baseline == "heuristic"]
+            if against and not any(better is not False for better in against):
+                self.warnings.append("heuristic classification does better on your target: consider --method heuristic")
         names = np.array([unit.source.name for unit in self.raw.units], dtype=object)[chosen.units]
         taken = dict(zip(*np.unique(names.astype(str), return_counts=True))) if len(names) else {}
+        telling = self._telling_ngrams()
         return TextSelection(
             out=out,
             method=self.method,
@@ -442,7 +476,8 @@ class _Selection:
             weights=np.concatenate(self.raw_weights),
             chosen_weights=chosen.values,
             sources=[(name, count, int(taken.get(name, 0))) for name, count in self.eligible.items()],
-            ngrams=self._telling_ngrams() if self.model.tokenizer is None else [],
+            ngrams_for=telling[0],
+            ngrams_against=telling[1],
             most=self._shown("most"),
             least=self._shown("least"),
             warnings=self.warnings,
@@ -459,20 +494,24 @@ class _Selection:
             shown.append((f"{source}:{pick.rows[at]}", float(pick.values[at]), text[:2000]))
         return shown
 
-    def _telling_ngrams(self) -> list[tuple[str, float, int, int]]:
-        """The n-grams of a keyed sample, most over-represented in the target first (of pooled or first target)."""
+    def _telling_ngrams(self) -> tuple[list[tuple[str, float, int, int]], list[tuple[str, float, int, int]]]:
+        """The n-grams of a keyed sample that speak most for the (first) target, and against it."""
+        if self.model.tokenizer is not None:
+            return [], []
         found: dict[str, list[int]] = {}
         for side, texts in enumerate((self.raw_sample, self.fitted)):
-            for text in texts.strings()[:500]:
+            for text in texts.strings()[:200]:
                 for gram in ngram_strings(tokenize(text), self.model.ngrams):
                     found.setdefault(gram, [0, 0])[side] += 1
         common = [(gram, *counts) for gram, counts in found.items() if sum(counts) >= 5 and len(gram) <= 60]
         if not common:
-            return []
-        ratios = self.featurizer([gram for gram, _, _ in common])
-        values = self.model.log_diff_[0][ratios.ids[ratios.offsets[1:] - 1]]  # the whole n-gram is its last entry
-        order = np.argsort(-values, kind="stable")
-        return [(common[i][0], float(values[i]), common[i][1], common[i][2]) for i in order]
+            return [], []
+        buckets = self.featurizer([gram for gram, _, _ in common])
+        ratios = self.model.log_diff_[0][buckets.ids[buckets.offsets[1:] - 1]]  # the whole n-gram is its last entry
+        raw, target = np.array([counts for _, *counts in common]).T
+        up, down = (np.argsort(-sign * ratios * side, kind="stable")[:TELLING] for sign, side in ((1, target), (-1, raw)))
+        rows = [(gram, float(ratio), *counts) for (gram, *counts), ratio in zip(common, ratios)]
+        return [rows[i] for i in up if ratios[i] > 0], [rows[i] for i in down if ratios[i] < 0]
 
 
 def _first(values: np.ndarray) -> np.ndarray:
@@ -494,7 +533,7 @@ def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.nd
     return {file: tuple(map(np.array, zip(*sorted(pairs)))) for file, pairs in parts.items()}
 
 
-def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Batch) -> Float[np.ndarray, " n"]:
+def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Hashed) -> Float[np.ndarray, " n"]:
     rows, values = given[batch.source.name]
     where = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
     missing = np.flatnonzero(rows[where] != batch.rows)

@@ -70,9 +70,15 @@ def open_bytes(source: Source) -> BinaryIO:
 # --- splitting ----------------------------------------------------------------------------------------------
 
 
-@numba.njit(nogil=True, cache=True)
 def _record_ends(block, quoted, inside):
     """Positions one past each newline that ends a record, and whether the block ends inside quotes."""
+    if quoted:
+        return _quoted_ends(block, inside)
+    return np.flatnonzero(block == 10) + 1, False
+
+
+@numba.njit(nogil=True, cache=True)
+def _quoted_ends(block, inside):
     ends = np.empty(len(block), np.int64)
     found = 0
     for at in range(len(block)):
@@ -80,7 +86,7 @@ def _record_ends(block, quoted, inside):
         if byte == 10 and not inside:
             ends[found] = at + 1
             found += 1
-        elif quoted and byte == 34:
+        elif byte == 34:
             inside = not inside
     return ends[:found].copy(), inside
 

@@ -50,7 +50,9 @@ class Batch(NamedTuple):
         return len(self.rows)
 
 
-def read(corpus: Corpus, unit: Unit, whole: bool = False) -> Iterator[Batch]:
+def read(
+    corpus: Corpus, unit: Unit, whole: bool = False, rows: Int[np.ndarray, " wanted"] | None = None
+) -> Iterator[Batch]:
     """Read one unit.
 
     Parameters
@@ -60,6 +62,8 @@ def read(corpus: Corpus, unit: Unit, whole: bool = False) -> Iterator[Batch]:
         One of ``corpus.units``.
     whole : bool
         Also read the other columns of Parquet files and tables.
+    rows : (wanted,) int64, optional
+        Read these documents only (which an earlier reading has named).
 
     Raises
     ------
@@ -68,9 +72,9 @@ def read(corpus: Corpus, unit: Unit, whole: bool = False) -> Iterator[Batch]:
     """
     try:
         if unit.source.format in ("parquet", "table"):
-            yield from _read_rows(corpus, unit, whole)
+            yield from _read_rows(corpus, unit, whole, rows)
         else:
-            yield from _read_lines(corpus, unit)
+            yield from _read_lines(corpus, unit, rows)
     except (pa.ArrowException, OSError, EOFError) as error:
         raise DataError(f"{unit.source.path} cannot be read: {error}") from error
 
@@ -97,7 +101,7 @@ def peek(corpus: Corpus) -> None:
     raise NothingToDo(f"nothing to read: {corpus.sources[0].path or corpus.sources[0].name} holds only blank lines")
 
 
-def _read_lines(corpus: Corpus, unit: Unit) -> Iterator[Batch]:
+def _read_lines(corpus: Corpus, unit: Unit, wanted: np.ndarray | None) -> Iterator[Batch]:
     source, kind = unit.source, unit.source.format
     names = lines.csv_header(source)[0] if kind == "csv" else []
     compressed = source.compression is not None
@@ -109,25 +113,37 @@ def _read_lines(corpus: Corpus, unit: Unit) -> Iterator[Batch]:
             starts, stops = lines.trimmed(block, ends)
             if compressed and kind == "csv" and offset + starts[0] < unit.start:
                 block, offset, starts, stops = _behind_header(block, offset, starts, stops, unit.start)
+            numbers = np.arange(row, row + len(starts)) if kind == "csv" else offset + starts
+            row += len(starts)
+            if wanted is not None:
+                numbers, block, starts, stops = _only(wanted, numbers, block, starts, stops)
             if kind == "jsonl":
                 parsed = lines.parse_jsonl(block, starts, stops, corpus.text)
             elif kind == "csv":
                 parsed = lines.parse_csv(block, starts, stops, corpus.text, names)
             else:
                 parsed = lines.parse_txt(block, starts, stops)
-            rows = row + parsed.index if kind == "csv" else offset + starts[parsed.index]
+            rows = numbers[parsed.index]
             bad = [
                 lines.Bad(offset + int(starts[i]), reason, block[starts[i] : stops[i]][: 1 << 16])
                 for i, reason in parsed.bad
             ]
             raw = block, starts[parsed.index], stops[parsed.index]
-            row += len(starts)
             yield Batch(source, rows, parsed.text, raw, parsed.table, parsed.blank, bad + splitter.too_long)
             splitter.too_long = []
         if splitter.too_long:
             yield Batch(
                 source, np.empty(0, np.int64), pa.array([], pa.string()), None, None, 0, splitter.too_long
             )
+
+
+def _only(wanted, numbers, block, starts, stops):
+    """Cut a block down to the wanted records."""
+    where = np.flatnonzero(np.isin(numbers, wanted))
+    records = [block[starts[i] : stops[i]] for i in where]
+    sizes = np.array([len(record) + 1 for record in records], np.int64)
+    ends = np.cumsum(sizes)
+    return numbers[where], b"".join(record + b"\n" for record in records), ends - sizes, ends - 1
 
 
 def _behind_header(block, offset, starts, stops, begin):
@@ -137,7 +153,7 @@ def _behind_header(block, offset, starts, stops, begin):
     return block[cut:], begin, starts[keep] - cut, stops[keep] - cut
 
 
-def _read_rows(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[Batch]:
+def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | None) -> Iterator[Batch]:
     row = unit.first_row
     for table in _tables(corpus, unit, whole):
         text = table[corpus.text].combine_chunks()
@@ -150,6 +166,9 @@ def _read_rows(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[Batch]:
             empty = np.asarray(text.is_null())
             bad = [lines.Bad(int(at), f"column {corpus.text!r} is null", b"") for at in rows[empty]]
             rows, text, table = rows[~empty], text.drop_null(), table.filter(pa.array(~empty))
+        if wanted is not None:
+            keep = np.isin(rows, wanted)
+            rows, text, table = rows[keep], text.filter(pa.array(keep)), table.filter(pa.array(keep))
         text.validate(full=True)
         yield Batch(unit.source, rows, text, None, table if whole else None, 0, bad)
 

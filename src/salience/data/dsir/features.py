@@ -31,6 +31,7 @@ from salience.errors import InputError
 
 _TOKEN = re.compile(r"\w+|[^\w\s]+", re.UNICODE | re.MULTILINE | re.DOTALL)
 _SPACE, _WORD, _OTHER = 0, 1, 2
+_SIGMA, _DOTTED_I = 0x3A3, 0x130
 _MEMO_BITS = 20
 _MODES = {"sha256": 0, "fast": 1, "keys": 2}
 
@@ -40,7 +41,7 @@ class Buckets(NamedTuple):
 
     Attributes
     ----------
-    ids : (total,) int32
+    ids : (total,) int32 or uint16
         Bucket of every n-gram; document i owns ``ids[offsets[i]:offsets[i + 1]]``.
     offsets : (documents + 1,) int64
     tokens : (documents,) int64
@@ -50,6 +51,15 @@ class Buckets(NamedTuple):
     ids: Int[np.ndarray, " total"]
     offsets: Int[np.ndarray, " documents_plus_1"]
     tokens: Int[np.ndarray, " documents"]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return self.ids.nbytes + self.offsets.nbytes + self.tokens.nbytes
+
+    def compact(self, num_buckets: int) -> Buckets:
+        """The same in half the memory, where bucket numbers fit 16 bits."""
+        return self._replace(ids=self.ids.astype(np.uint16 if num_buckets <= 1 << 16 else np.int32))
 
     def counts(self, num_buckets: int) -> Int[np.ndarray, " num_buckets"]:
         """Sum the batch's documents into one count vector (n-grams per bucket)."""
@@ -158,7 +168,7 @@ def reference_buckets(tokens: Sequence[str], ngrams: int, num_buckets: int) -> l
 def _characters() -> UInt32[np.ndarray, " 1114112"]:
     """For every code point: ``lower-case code point * 4 + class of that``; from Python's own lower() and re."""
     points = [*range(0xD800), *range(0xE000, 0x110000)]  # surrogates are no characters
-    text = "".join(map(chr, points)).replace("İ", "i")  # U+0130 lowers to two characters: see _lowered
+    text = "".join(map(chr, points)).replace("İ", "i")  # U+0130 lowers to two characters: see _hash
     lowered = text.lower()
     spaces = re.sub(r"\s", "\0", re.sub(r"[^\s]", "\1", lowered))
     words = re.sub(r"\w", "\0", re.sub(r"[^\w]", "\1", lowered))
@@ -170,23 +180,13 @@ def _characters() -> UInt32[np.ndarray, " 1114112"]:
     return table
 
 
-def _lowered(texts: pa.Array) -> pa.Array:
-    """Lower in Python the documents with Σ (final sigma depends on context) or İ (becomes two characters)."""
-    buffer = texts.buffers()[2]
-    if buffer is None or re.search(b"\xce\xa3|\xc4\xb0", memoryview(buffer)) is None:
-        return texts
-    return pa.array(
-        [text.lower() if "Σ" in text or "İ" in text else text for text in texts.to_pylist()], texts.type
-    )
-
-
 def _hash(texts: pa.Array | Sequence[str], ngrams: int, num_buckets: int, mode: str) -> Buckets:
     array = texts if isinstance(texts, pa.Array) else pa.array(texts, pa.large_string())
     if array.null_count:
         raise InputError(f"{array.null_count} of {len(array)} texts are null")
     if not (pa.types.is_large_string(array.type) or pa.types.is_string(array.type)):
         raise InputError(f"texts must be strings, not {array.type}")
-    array = _lowered(array.cast(pa.large_string()))
+    array = array.cast(pa.large_string())
     count = len(array)
     if count == 0:
         return Buckets(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int64))
@@ -202,6 +202,9 @@ def _hash(texts: pa.Array | Sequence[str], ngrams: int, num_buckets: int, mode: 
         data, offsets, _characters(), ngrams, num_buckets, _MODES[mode], memo_keys, memo_buckets,
         np.empty(2 * widest + 2, np.uint8), ids, id_offsets, tokens,
     )  # fmt: skip
+    if tokens.min() < 0:  # Σ lowers by its context and İ to two characters: leave these documents to Python
+        lowered = [text.lower() if split < 0 else text for text, split in zip(array.to_pylist(), tokens.tolist())]
+        return _hash(lowered, ngrams, num_buckets, mode)
     return Buckets(ids[: id_offsets[-1]], id_offsets, tokens)
 
 
@@ -216,6 +219,9 @@ def _memo(num_buckets: int) -> tuple[np.ndarray, np.ndarray]:
     return _memos.tables
 
 
+_FNV_START, _FNV_PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
+
+
 @numba.njit(nogil=True, cache=True)
 def _mix(x):
     """Finaliser of MurmurHash3 (64 bits): every input bit reaches every output bit."""
@@ -226,112 +232,108 @@ def _mix(x):
 
 
 @numba.njit(nogil=True, cache=True)
+def _tokens(data, here, stop, characters, low, keys, ends):
+    """Split and lower-case one document.
+
+    Writes the tokens 1..count, each after a space, into `low`; token t is ``low[ends[t - 1] + 1 : ends[t]]``, and
+    `keys[t]` its FNV-1a fingerprint. Where a token ends cannot be predicted, so nothing branches on it: slots are
+    written again and again until the next token begins. Gives the count, or -1 where Σ or İ ask for Python's `str.lower`.
+    """
+    count, end, current, key = 0, 0, np.uint32(_SPACE), np.uint64(0)
+    ends[0] = 0
+    while here < stop:
+        byte = np.uint32(data[here])
+        if byte < 0x80:
+            entry, width = characters[byte], 1
+        else:
+            point, width = _decode(data, here)
+            if point == _SIGMA or point == _DOTTED_I:
+                return -1
+            entry = characters[point]
+        here += width
+        kind, lower = entry & np.uint32(3), entry >> np.uint32(2)
+        text = kind != _SPACE
+        begins = text & (kind != current)
+        current = kind
+        low[end] = 32
+        end += begins
+        count += begins
+        key = _FNV_START if begins else key
+        if lower < 0x80:
+            low[end] = lower
+            end += text
+            key = (key ^ np.uint64(lower)) * _FNV_PRIME if text else key
+        elif text:
+            first, end = end, _encode(low, end, lower)
+            for at in range(first, end):
+                key = (key ^ np.uint64(low[at])) * _FNV_PRIME
+        keys[count] = key
+        ends[count] = end
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode(data, at):
+    """Code point of the UTF-8 sequence of two to four bytes at `at`, and its length."""
+    first, second = np.uint32(data[at]), np.uint32(data[at + 1] & 0x3F)
+    if first < 0xE0:
+        return (first & np.uint32(0x1F)) << np.uint32(6) | second, 2
+    third = np.uint32(data[at + 2] & 0x3F)
+    if first < 0xF0:
+        return (first & np.uint32(0x0F)) << np.uint32(12) | second << np.uint32(6) | third, 3
+    fourth = np.uint32(data[at + 3] & 0x3F)
+    return (first & np.uint32(7)) << np.uint32(18) | second << np.uint32(12) | third << np.uint32(6) | fourth, 4
+
+
+@numba.njit(nogil=True, cache=True)
+def _encode(low, at, point):
+    """Write a code point of 0x80 or more as UTF-8; gives the position behind it."""
+    if point < 0x800:
+        low[at] = 0xC0 | point >> np.uint32(6)
+    else:
+        if point < 0x10000:
+            low[at] = 0xE0 | point >> np.uint32(12)
+        else:
+            low[at] = 0xF0 | point >> np.uint32(18)
+            at += 1
+            low[at] = 0x80 | (point >> np.uint32(12) & np.uint32(0x3F))
+        at += 1
+        low[at] = 0x80 | (point >> np.uint32(6) & np.uint32(0x3F))
+    low[at + 1] = 0x80 | (point & np.uint32(0x3F))
+    return at + 2
+
+
+@numba.njit(nogil=True, cache=True)
 def _hash_ngrams(
     data, offsets, characters, ngrams, num_buckets, mode, memo_keys, memo_buckets, low, ids, id_offsets, tokens
 ):
-    """Tokenise, lower-case and hash every document; see the module's equation.
+    """Hash the n-grams of every document; see the module's equation.
 
-    `low` receives the lower-cased tokens of a document joined by single spaces, so that every n-gram is one slice of
-    it. `keys[j]` is the fingerprint, and `starts[j]` the first byte, of the (j + 1)-gram that ends at this token.
+    `grams[j]` is the fingerprint of the (j + 1)-gram that ends at the current token.
     """
-    keys, starts = np.zeros(ngrams, np.uint64), np.zeros(ngrams, np.int64)
-    schedule = np.empty(64, np.uint32)
-    ascii_characters = characters[:128].copy()
-    memo_shift = np.uint64(64 - _MEMO_BITS)
-    written = 0
+    grams, schedule = np.zeros(ngrams, np.uint64), np.empty(64, np.uint32)
+    keys, ends = np.empty(len(low) + 1, np.uint64), np.empty(len(low) + 1, np.int64)
+    memo_shift, written = np.uint64(64 - _MEMO_BITS), 0
     for document in range(len(tokens)):
-        here, stop = offsets[document], offsets[document + 1]
-        end = 0
-        count = 0
-        current = _SPACE
-        key = np.uint64(0)
-        while here <= stop:
-            point, width = np.uint32(32), 1  # a space after the last character closes the last token
-            if here < stop:
-                first = np.uint32(data[here])
-                if first < 0x80:
-                    point = first
-                elif first < 0xE0:
-                    point = (first & np.uint32(0x1F)) << np.uint32(6) | (data[here + 1] & np.uint32(0x3F))
-                    width = 2
-                elif first < 0xF0:
-                    point = (
-                        (first & np.uint32(0x0F)) << np.uint32(12)
-                        | (data[here + 1] & np.uint32(0x3F)) << np.uint32(6)
-                        | (data[here + 2] & np.uint32(0x3F))
-                    )
-                    width = 3
+        count = _tokens(data, offsets[document], offsets[document + 1], characters, low, keys, ends)
+        for token in range(1, count + 1):
+            key = _mix(keys[token])
+            for size in range(ngrams - 1, 0, -1):
+                grams[size] = _mix(grams[size - 1] * np.uint64(0x9E3779B97F4A7C15) + key)
+            grams[0] = key
+            for size in range(min(ngrams, token)):
+                gram = grams[size]
+                if mode == 1:
+                    ids[written] = ((gram >> np.uint64(32)) * np.uint64(num_buckets)) >> np.uint64(32)
+                elif mode == 2:
+                    ids[written] = np.int64(gram)
                 else:
-                    point = (
-                        (first & np.uint32(0x07)) << np.uint32(18)
-                        | (data[here + 1] & np.uint32(0x3F)) << np.uint32(12)
-                        | (data[here + 2] & np.uint32(0x3F)) << np.uint32(6)
-                        | (data[here + 3] & np.uint32(0x3F))
-                    )
-                    width = 4
-            here += width
-            entry = characters[point]
-            kind = entry & np.uint32(3)
-            if kind != current:
-                if current != _SPACE:  # a token ends here
-                    key = _mix(key)
-                    for size in range(ngrams - 1, 0, -1):
-                        keys[size] = _mix(keys[size - 1] * np.uint64(0x9E3779B97F4A7C15) + key)
-                    keys[0] = key
-                    count += 1
-                    for size in range(min(ngrams, count)):
-                        if mode == 1:
-                            ids[written] = ((keys[size] >> np.uint64(32)) * np.uint64(num_buckets)) >> np.uint64(32)
-                        elif mode == 2:
-                            ids[written] = np.int64(keys[size])
-                        else:
-                            slot = keys[size] >> memo_shift
-                            if memo_keys[slot] != keys[size]:
-                                memo_buckets[slot] = _sha256_mod(low, starts[size], end, num_buckets, schedule)
-                                memo_keys[slot] = keys[size]
-                            ids[written] = memo_buckets[slot]
-                        written += 1
-                if kind != _SPACE:  # a token begins here
-                    if count > 0:
-                        low[end] = 32
-                        end += 1
-                    for size in range(ngrams - 1, 0, -1):
-                        starts[size] = starts[size - 1]
-                    starts[0] = end
-                    key = np.uint64(0xCBF29CE484222325)
-                current = kind
-            if kind == _SPACE:
-                continue
-            lower = entry >> np.uint32(2)  # append the lower-case character, FNV-1a over its bytes
-            begin = end
-            if lower < 0x80:
-                low[end] = lower
-                end += 1
-            elif lower < 0x800:
-                low[end] = 0xC0 | lower >> np.uint32(6)
-                low[end + 1] = 0x80 | (lower & 0x3F)
-                end += 2
-            elif lower < 0x10000:
-                low[end] = 0xE0 | lower >> np.uint32(12)
-                low[end + 1] = 0x80 | (lower >> np.uint32(6) & 0x3F)
-                low[end + 2] = 0x80 | (lower & 0x3F)
-                end += 3
-            else:
-                low[end] = 0xF0 | lower >> np.uint32(18)
-                low[end + 1] = 0x80 | (lower >> np.uint32(12) & 0x3F)
-                low[end + 2] = 0x80 | (lower >> np.uint32(6) & 0x3F)
-                low[end + 3] = 0x80 | (lower & 0x3F)
-                end += 4
-            for at in range(begin, end):
-                key = (key ^ np.uint64(low[at])) * np.uint64(0x100000001B3)
-            while here < stop and data[here] < 0x80:  # the rest of an ASCII token, without decoding
-                entry = ascii_characters[data[here]]
-                if entry & np.uint32(3) != current:
-                    break
-                low[end] = entry >> np.uint32(2)
-                key = (key ^ np.uint64(entry >> np.uint32(2))) * np.uint64(0x100000001B3)
-                end += 1
-                here += 1
+                    slot = gram >> memo_shift
+                    if memo_keys[slot] != gram:
+                        memo_buckets[slot] = _sha256_mod(low, ends[token - size - 1] + 1, ends[token], num_buckets, schedule)
+                        memo_keys[slot] = gram
+                    ids[written] = memo_buckets[slot]
+                written += 1
         id_offsets[document + 1] = written
         tokens[document] = count
 
