@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from salience.errors import MissingExtra
 
@@ -24,7 +25,7 @@ def missing_extra(error: ModuleNotFoundError, wanted: str) -> MissingExtra | Non
     )
 
 
-def exports(room: str, where: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+def exports(room: str, where: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Build a room's ``__getattr__`` and ``__dir__`` from ``{public name: module that defines it}``.
 
     Parameters
@@ -35,7 +36,7 @@ def exports(room: str, where: Mapping[str, str]) -> tuple[Callable[[str], object
         Public name to the module below `room` that defines it, such as ``{"DSIR": "dsir"}``.
     """
 
-    def __getattr__(name: str) -> object:
+    def __getattr__(name: str) -> Any:
         if name not in where:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
         try:

@@ -1,6 +1,24 @@
 """The measures of the field on arrays: no models, no files."""
 
+from typing import TYPE_CHECKING
+
 from salience._lazy import exports
+
+if TYPE_CHECKING:
+    from salience.measure.curves import Curve, curve
+    from salience.measure.detection import OSCR, Detection, aupr, auroc, detection_report, fpr_at_tpr, oscr
+    from salience.measure.paired import Interval, PairedDifference, bootstrap_interval, paired_difference
+    from salience.measure.ranking import (
+        hit_at_k,
+        kendall,
+        ndcg_at_k,
+        precision_at_k,
+        recall_at_k,
+        reciprocal_rank,
+        spearman,
+        target_ranks,
+    )
+    from salience.measure.similarity import cosine, kl_divergence, linear_cka, mmd_squared, rsa, total_variation
 
 _WHERE = {
     "Curve": "curves", "curve": "curves",
@@ -13,5 +31,33 @@ _WHERE = {
     "cosine": "similarity", "kl_divergence": "similarity", "linear_cka": "similarity",
     "mmd_squared": "similarity", "rsa": "similarity", "total_variation": "similarity",
 }  # fmt: skip
-__all__ = list(_WHERE)
+__all__ = [
+    "OSCR",
+    "Curve",
+    "Detection",
+    "Interval",
+    "PairedDifference",
+    "aupr",
+    "auroc",
+    "bootstrap_interval",
+    "cosine",
+    "curve",
+    "detection_report",
+    "fpr_at_tpr",
+    "hit_at_k",
+    "kendall",
+    "kl_divergence",
+    "linear_cka",
+    "mmd_squared",
+    "ndcg_at_k",
+    "oscr",
+    "paired_difference",
+    "precision_at_k",
+    "recall_at_k",
+    "reciprocal_rank",
+    "rsa",
+    "spearman",
+    "target_ranks",
+    "total_variation",
+]
 __getattr__, __dir__ = exports(__name__, _WHERE)
