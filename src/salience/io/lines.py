@@ -283,8 +283,9 @@ def parse_txt(block: bytes, starts: np.ndarray, stops: np.ndarray) -> Parsed:
 def parse_csv(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str, names: list[str]) -> Parsed:
     """Read CSV records as strings, all columns of them."""
     full = np.flatnonzero(stops > starts)
-    # A line of white space is blank here, but a row for Arrow.
-    if len(full) and (np.frombuffer(block, np.uint8)[starts[full]] > 32).all():
+    # Arrow's rows are our records, but for lines of white space, and lone carriage returns, which end its rows.
+    plain = len(full) and (np.frombuffer(block, np.uint8)[starts[full]] > 32).all()
+    if plain and block.count(b"\r") == block.count(b"\r\n"):
         table = _csv_table(block, names)
         if table is not None and table.num_rows == len(full):
             column = table[text].combine_chunks()
