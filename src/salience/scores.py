@@ -66,13 +66,15 @@ class Scores:
             raise InputError(f"values must be numbers: {error}") from error
         if isinstance(ids, str):
             raise InputError("ids must be a sequence of ids, not one string")
-        names = ids if isinstance(ids, pa.Array) else pa.array([str(name) for name in ids], pa.large_string())
+        names = ids if isinstance(ids, pa.Array) else _names(ids)
         if numbers.ndim != 1:
             raise InputError(f"values must have one dimension, not shape {numbers.shape}")
         if len(numbers) != len(names):
             raise InputError(f"{len(numbers)} values for {len(names)} ids")
         if not len(numbers):
             raise InputError("there are no values: Scores cannot be empty")
+        if names.null_count:
+            raise InputError(f"{names.null_count} of {len(names)} ids are null")
         self._ids = names.cast(pa.large_string())
         bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):
@@ -110,6 +112,10 @@ class Scores:
             if where.shape != self.values.shape:
                 raise InputError(f"a mask of length {len(self)} is needed, not of shape {where.shape}")
             where = np.flatnonzero(where)
+        if not where.size:
+            raise InputError("nothing is kept: Scores cannot be empty")
+        if where.ndim != 1 or where.dtype.kind not in "iu" or where.min() < 0 or where.max() >= len(self):
+            raise InputError(f"positions must be whole numbers in 0..{len(self) - 1}")
         return Scores(self.values[where], self._ids.take(pa.array(where, pa.int64())), self.unit, self.provenance)
 
     def top(self, count: int) -> Scores:
@@ -125,14 +131,13 @@ class Scores:
         self._check_count(count)
         _check_temperature(temperature)
         noise = np.random.default_rng(random_state).gumbel(size=len(self))
-        keys = self.values / temperature + noise
+        keys = self._scaled(temperature) + noise
         return self.keep(np.argsort(-keys, kind="stable")[:count])
 
     def weights(self, temperature: float = 1.0) -> Float[np.ndarray, " n"]:
         """Weights for a loss: softmax of ``value / temperature``, scaled to mean 1."""
         _check_temperature(temperature)
-        scaled = self.values / temperature
-        exponentials = np.exp(scaled - scaled.max())
+        exponentials = np.exp(self._scaled(temperature))
         return exponentials * (len(self) / exponentials.sum())
 
     def ranks(self) -> Float[np.ndarray, " n"]:
@@ -162,7 +167,7 @@ class Scores:
         provenance = {"combined": "mean rank", "of": [self.provenance, *(other.provenance for other in others)]}
         return Scores(np.mean(ranks, axis=0), self._ids, self.unit, provenance)
 
-    def aligned(self, ids: Sequence[str]) -> Float[np.ndarray, " m"]:
+    def aligned(self, ids: Sequence[str | int]) -> Float[np.ndarray, " m"]:
         """Values of the given ids, in their order.
 
         Raises
@@ -170,9 +175,10 @@ class Scores:
         InputError
             An id has no score; the nearest ones are told.
         """
-        where = pc.index_in(pa.array(list(ids), pa.large_string()), self._ids)
+        names = _names(ids)
+        where = pc.index_in(names, self._ids)
         if where.null_count:
-            missing = ids[int(np.flatnonzero(np.asarray(where.is_null()))[0])]
+            missing = names.filter(where.is_null())[0].as_py()
             raise InputError(f"id {missing!r} has no score ({nearest(missing, self._ids[:10_000].to_pylist())})")
         return self.values[np.asarray(where)]
 
@@ -210,20 +216,32 @@ class Scores:
         for column in ("id", "score"):
             if column not in table.column_names:
                 raise DataError(f"{path} has no column {column!r} ({nearest(column, table.column_names)})")
-        described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
-        values = table["score"].to_numpy()
-        ids = table["id"].cast(pa.large_string()).combine_chunks()
         try:
+            described = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+            values = table["score"].to_numpy()
+            ids = table["id"].cast(pa.large_string()).combine_chunks()
             return cls(values, ids, described.get("unit", "sample"), described.get("provenance"))
-        except InputError as error:
-            raise DataError(f"{path}: {error}") from error
+        except (pa.ArrowException, ValueError, LookupError, AttributeError) as error:
+            raise DataError(f"{path} holds no scores: {error}") from error
 
     def _descending(self) -> Int[np.ndarray, " n"]:
         return np.lexsort((self.ids.astype(str), -self.values))
 
+    def _scaled(self, temperature: float) -> Float[np.ndarray, " n"]:
+        """Values over temperature, the largest moved to 0 so that no exponential overflows."""
+        with np.errstate(over="ignore"):
+            return (self.values - self.values.max()) / temperature
+
     def _check_count(self, count: int) -> None:
-        if not 1 <= count <= len(self):
-            raise InputError(f"count must lie in 1..{len(self)}, not {count}")
+        if not isinstance(count, int | np.integer) or not 1 <= count <= len(self):
+            raise InputError(f"count must be a whole number in 1..{len(self)}, not {count}")
+
+
+def _names(ids: Sequence[str | int] | np.ndarray) -> pa.Array:
+    try:
+        return pa.array([str(name) for name in ids], pa.large_string())
+    except UnicodeEncodeError as error:
+        raise InputError(f"an id is not valid Unicode: {error}") from error
 
 
 def _check_temperature(temperature: float) -> None:

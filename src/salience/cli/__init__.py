@@ -11,6 +11,7 @@ import typer
 from salience import __version__
 from salience._lazy import missing_extra
 from salience.cli import papers, reproduce, select
+from salience.cli._say import say
 from salience.errors import SalienceError
 
 app = typer.Typer(
@@ -24,6 +25,9 @@ app = typer.Typer(
 app.add_typer(select.app, name="select")
 app.add_typer(papers.app, name="papers")
 app.command("reproduce")(reproduce.reproduce)
+
+
+_INTERRUPTED = "interrupted; no unfinished output was left"
 
 
 def _show_version(value: bool) -> None:
@@ -57,7 +61,11 @@ def main() -> None:
     try:
         app(args=arguments, standalone_mode=True)
     except KeyboardInterrupt:
-        _stop("interrupted; nothing was left under the output's name", 130)
+        _stop(_INTERRUPTED, 130)
+    except SystemExit as stopped:
+        if stopped.code == 130:  # typer has caught the interrupt
+            _stop(_INTERRUPTED, 130)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -78,6 +86,5 @@ def main() -> None:
 
 
 def _stop(message: str, exit_code: int) -> None:
-    printable = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
-    print(f"salience: {printable}", file=sys.stderr)
+    say(f"salience: {message}", err=True)
     sys.exit(exit_code)

@@ -62,7 +62,8 @@ def write_page(result: TextSelection, path: Path) -> None:
 
 
 def _axis(result: TextSelection) -> str:
-    return "p(target | document)" if result.method == "heuristic" else "log importance weight"
+    axes = {"heuristic": "p(target | document)", "random": "random number"}
+    return axes.get(result.method, "log importance weight")
 
 
 def _proof(report, figures, result: TextSelection) -> list:

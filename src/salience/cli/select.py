@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from salience.cli._say import say
 from salience.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ _EPILOG = (
     "salience select text raw.parquet --target mine.parquet --scores-only -o scores.parquet\n\n"
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
-_DSIR = "Options of dsir"
+_DSIR = "Options of dsir alone"
+_WEIGHING = "Options of weighing"
 _DATA = "Data"
 
 
@@ -59,12 +61,12 @@ def text(
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel=_DATA)] = "text",
     max_bad: Annotated[float, typer.Option(help="Largest share of unreadable records to put up with.", rich_help_panel=_DATA)] = 0.01,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable record.", rich_help_panel=_DATA)] = False,
-    hash: Annotated[Hash, typer.Option(help="sha256: the published buckets; fast: quicker, other buckets.", rich_help_panel=_DSIR)] = Hash.sha256,
-    ngrams: Annotated[int, typer.Option(help="Longest n-gram.", rich_help_panel=_DSIR)] = 2,
-    buckets: Annotated[int, typer.Option(help="Size of the hash table.", rich_help_panel=_DSIR)] = 10_000,
-    min_tokens: Annotated[int, typer.Option(help="Shorter documents are not chosen.", rich_help_panel=_DSIR)] = 100,
+    hash: Annotated[Hash, typer.Option(help="sha256: the published buckets; fast: quicker, other buckets.", rich_help_panel=_WEIGHING)] = Hash.sha256,
+    ngrams: Annotated[int, typer.Option(help="Longest n-gram.", rich_help_panel=_WEIGHING)] = 2,
+    buckets: Annotated[int, typer.Option(help="Size of the hash table.", rich_help_panel=_WEIGHING)] = 10_000,
+    min_tokens: Annotated[int, typer.Option(help="Shorter documents are not chosen.", rich_help_panel=_WEIGHING)] = 100,
     smoothing: Annotated[float, typer.Option(help="Pseudo-count per bucket for small targets.", rich_help_panel=_DSIR)] = 0.0,
-    top_k: Annotated[bool, typer.Option("--top-k", help="Take the largest weights instead of drawing by them.", rich_help_panel=_DSIR)] = False,
+    top_k: Annotated[bool, typer.Option("--top-k", help="Take the largest weights instead of drawing by them.", rich_help_panel=_WEIGHING)] = False,
     separate_targets: Annotated[bool, typer.Option("--separate-targets", help="Choose for every target by itself.", rich_help_panel=_DSIR)] = False,
     proportions: Annotated[str | None, typer.Option(help="Quotas of separate targets, as in 0.7,0.3 [default: by size].", rich_help_panel=_DSIR, show_default=False)] = None,
     hold_out: Annotated[float, typer.Option(help="Share of the target kept out to measure on; 0 uses all of it and measures nothing.")] = 0.2,
@@ -87,6 +89,8 @@ def text(
     from salience.io import Corpus
 
     _check_usage(count, fraction, scores_only, scores, method, top_k)
+    if method is not Method.dsir or scores is not None:
+        _refuse_own(smoothing=smoothing, separate_targets=separate_targets, proportions=proportions)
     model = DSIR(
         ngrams=ngrams, num_buckets=buckets, hash=hash.value, min_tokens=min_tokens, smoothing=smoothing,
         separate_targets=separate_targets, target_proportions=_numbers(proportions), max_bad=0.0 if strict else max_bad,
@@ -94,6 +98,8 @@ def text(
     )  # fmt: skip
     pool, targets = Corpus(raw, text_column), [Corpus(name, text_column) for name in target]
     page = report or Path(f"{out}.report.html")
+    if page.suffix != ".html" or not page.parent.is_dir() or page.is_dir():
+        raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
     if page.exists() and not overwrite:
         raise InputError(f"report {page} exists; pass --overwrite to replace it")
     if dry_run:
@@ -114,8 +120,17 @@ def _check_usage(count, fraction, scores_only, scores, method, top_k) -> None:
         raise InputError("give either --count or --fraction")
     if scores is not None and method is not Method.dsir:
         raise InputError("--scores replaces the method: leave --method out")
+    if scores_only and (method is not Method.dsir or top_k):
+        raise InputError("--scores-only writes the weights of dsir: leave --method and --top-k out")
     if top_k and method is Method.random:
         raise InputError("--top-k means nothing for --method random")
+
+
+def _refuse_own(**options: Any) -> None:
+    """Refuse options of dsir that were given together with another method."""
+    given = ["--" + name.replace("_", "-") for name, value in options.items() if value]
+    if given:
+        raise InputError(f"{', '.join(given)} belongs to --method dsir alone: leave it out, or --method and --scores")
 
 
 def _numbers(written: str | None) -> list[float] | None:
@@ -153,15 +168,22 @@ def _run(pool, targets, out, count, fraction, method, model, scores, top_k, hold
 
 def _write_scores(pool: Corpus, targets: list[Corpus], model: Any, out: Path, overwrite: bool, as_json: bool) -> None:
     from salience.data import score_text
+    from salience.io import Output
 
     if out.suffix != ".parquet":
         raise InputError(f"--scores-only writes Parquet: name an output that ends in .parquet, not {out.name}")
-    if out.exists() and not overwrite:
-        raise InputError(f"output {out} exists; pass --overwrite to replace it")
-    scores = score_text(pool, targets, model)
-    scores.save(out)
-    summary = {"out": str(out), "documents": len(scores), "unit": scores.unit}
-    typer.echo(json.dumps(summary) if as_json else f"{len(scores):,} scores written to {out}")
+    with Output(out, overwrite, [pool, *targets]) as output:
+        scores = score_text(pool, targets, model)
+        scores.save(output.file())
+        output.commit({"command": "select text --scores-only", **scores.provenance})
+    counts = scores.provenance["counts"]
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "documents": len(scores), "unit": scores.unit, **counts}))
+        return
+    say(
+        f"{counts['read']:,} records read = {counts['scored']:,} scored + {counts['blank']:,} blank + "
+        f"{counts['quarantined']:,} quarantined\nwritten: {out}"
+    )
 
 
 def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | None, as_json: bool) -> None:
@@ -197,11 +219,11 @@ def _print(result: TextSelection, page: Path, as_json: bool) -> None:
     if result.proof is not None:
         _print_proof(result)
     for warning in result.warnings:
-        typer.echo(f"note: {warning}", err=True)
-    typer.echo(result.equation)
+        say(f"note: {warning}", err=True)
+    say(result.equation)
     if result.quarantined:
-        typer.echo(f"unreadable records: {result.out}.quarantine.jsonl")
-    typer.echo(f"written: {result.out}\nreport:  {page}")
+        say(f"unreadable records: {result.out}.quarantine.jsonl")
+    say(f"written: {result.out}\nreport:  {page}")
 
 
 def _print_proof(result: TextSelection) -> None:

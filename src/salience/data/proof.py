@@ -68,6 +68,30 @@ class Texts:
         return text_hashes(self._strings)
 
 
+class Sample(Texts):
+    """The documents with the smallest keys: with random keys a uniform sample, whatever order and batches they come in."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self._size, self._keys = size, np.empty(0)
+
+    def offer(self, texts: pa.Array, keys: Float[np.ndarray, " texts"]) -> None:
+        """Offer documents with a key each."""
+        best = np.argsort(keys, kind="stable")[: self._size]
+        if len(self._keys) == self._size:
+            best = best[keys[best] < self._keys[-1]]
+        self._merge(keys[best], texts.take(pa.array(best)).to_pylist())
+
+    def extend(self, other: Sample) -> None:  # type: ignore[override]
+        """Take over another sample."""
+        self._merge(other._keys, other._strings)
+
+    def _merge(self, keys: np.ndarray, strings: list[str]) -> None:
+        keys, strings = np.concatenate([self._keys, keys]), self._strings + strings
+        best = np.argsort(keys, kind="stable")[: self._size]
+        self._keys, self._strings = keys[best], [strings[at] for at in best.tolist()]
+
+
 def text_hashes(texts: Sequence[str]) -> Int[np.ndarray, " texts"]:
     """xxh3 of every text, to find copies."""
     return np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in texts], dtype=np.uint64)

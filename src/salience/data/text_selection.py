@@ -8,19 +8,19 @@ with: random documents three times, and heuristic classification.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from salience.data.baselines import HeuristicClassifier
 from salience.data.dsir.features import Buckets, ngram_keys, ngram_strings, tokenize
 from salience.data.dsir.resample import Chosen, TopK, check_count, quotas, take
 from salience.data.dsir.weights import DSIR, add_counts
-from salience.data.proof import Proof, Texts, prove, text_hashes
+from salience.data.proof import Proof, Sample, Texts, prove, text_hashes
 from salience.errors import DataError, InputError
 from salience.io import (
     Batch, Corpus, Output, RecordWriter, Source, Tally, Unit, gumbel, map_units, peek, read, uniform, write_quarantine,
@@ -139,7 +139,7 @@ def select_text(
         raise InputError(f"fraction must lie in (0, 1], not {fraction}")
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, not {count}")
-    with Output(out, overwrite) as output:
+    with Output(out, overwrite, [raw, *targets]) as output:
         writer = RecordWriter(output.file(), os.path.basename(out), raw)
         run.read_targets()
         run.survey()
@@ -163,23 +163,29 @@ def score_text(raw: Corpus, targets: Sequence[Corpus], model: DSIR | None = None
         `model` keeps several targets apart: then there is no single weight.
     """
     model = model or DSIR()
+    if not targets:
+        raise InputError("a target is needed")
     if model.separate_targets and len(targets) > 1:
         raise InputError("scores of separate targets are several per document; score one target at a time")
     pooled = Corpus.joined(targets)
     model.fit(raw, pooled)
-    ids = [f"{batch.source.name}:{row}" for unit in raw.units for batch in read(raw, unit) for row in batch.rows.tolist()]
-    parameters = {name: value for name, value in model.get_params().items() if name not in ("tokenizer", "workers")}
-    return Scores(model.log_weights(raw)[:, 0], ids, "sample", {"method": "dsir", "parameters": parameters})
+    ids, tally = [], Tally()
+    for unit in raw.units:
+        for batch in read(raw, unit):
+            ids += [f"{batch.source.name}:{row}" for row in batch.rows.tolist()]
+            tally.add(batch, model.max_bad)
+    counts = {"read": tally.read, "scored": len(ids), "blank": tally.blank, "quarantined": len(tally.bad)}
+    provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
+    return Scores(model.log_weights(raw)[:, 0], ids, "sample", provenance)
 
 
 def _record(result: TextSelection, raw: Corpus, targets: Sequence[Corpus], run: _Selection) -> dict[str, Any]:
     counts = {name: getattr(result, name) for name in
               ("read", "selected", "not_selected", "too_short", "blank", "quarantined")}  # fmt: skip
-    parameters = {name: value for name, value in run.model.get_params().items() if name not in ("tokenizer", "workers")}
     return {
         "command": "select text",
         "method": result.method,
-        "parameters": {**parameters, "top_k": run.top_k, "hold_out": run.hold_out},
+        "parameters": {**run.model.described(), "top_k": run.top_k, "hold_out": run.hold_out},
         "raw": [{"file": source.name, "bytes": source.size} for source in raw.sources],
         "targets": [{"file": source.name, "bytes": source.size} for target in targets for source in target.sources],
         "counts": counts,
@@ -188,12 +194,11 @@ def _record(result: TextSelection, raw: Corpus, targets: Sequence[Corpus], run: 
 
 
 class Hashed(NamedTuple):
-    """A batch reduced to what weighing needs; `sampled` marks the documents whose weights the report shows."""
+    """A batch reduced to what weighing needs."""
 
     source: Source
     rows: Int[np.ndarray, " documents"]
     buckets: Buckets
-    sampled: Bool[np.ndarray, " documents"]
 
 
 class _Selection:
@@ -209,6 +214,11 @@ class _Selection:
         self.raw, self.model, self.top_k, self.hold_out = raw, model, top_k, hold_out
         self.method = "scores" if scores is not None else method
         self.targets = list(targets) if model.separate_targets else [Corpus.joined(targets)]
+        model.check(len(self.targets))
+        if model.separate_targets and self.method != "dsir":
+            raise InputError(f"separate_targets belongs to the method dsir, not to {self.method}")
+        if model.tokenizer is not None and (self.method == "heuristic" or hold_out):
+            raise InputError("heuristic classification works with the built-in tokenizer only; use hold_out=0")
         self.given = _by_source(scores, raw) if scores is not None else {}
         self.progress = progress or (lambda stage, done, total: None)
         self.featurizer, self.seed = model.featurizer(), model.random_state
@@ -230,29 +240,34 @@ class _Selection:
     def read_targets(self) -> None:
         """Count every target, a keyed share of its documents held out."""
         self.target_tally = Tally()
-        self.held, self.fitted = Texts(), Texts()
+        self.held, self.fitted = Sample(SAMPLE), Sample(SAMPLE)
         counts, held_counts = [], []
         for target in self.targets:
             peek(target)
-            total, held_total, tally = np.zeros((2, self.model.num_buckets), np.int64), 0, Tally()
+            total, tally = np.zeros((2, self.model.num_buckets), np.int64), Tally()
+            target_held, target_fitted = Sample(SAMPLE), Sample(SAMPLE)
             limit = self.model.ngram_limit(target) if self.model.separate_targets else None
             for _, (part, held, fitted, part_tally) in self._map(
                 "targets", lambda unit, t=target, m=limit: self._target_unit(t, unit, m), target
             ):
                 total += part
-                self.held.extend(held)
-                self.fitted.extend(fitted)
+                target_held.extend(held)
+                target_fitted.extend(fitted)
                 tally.merge(part_tally)
             tally.check(self.model.max_bad, "target")
+            if not total[0].sum():  # all the words of a small target were held out
+                total, target_held, target_fitted = total[::-1], target_fitted, target_held
+            self.held.extend(target_held)
+            self.fitted.extend(target_fitted)
             self.target_tally.merge(tally)
             counts.append(total[0])
             held_counts.append(total[1])
         self.target_counts = np.stack(counts)
-        if self.hold_out and (len(self.held) < 2 or len(self.fitted) < 2):
+        if self.hold_out and (len(self.held) < 2 or len(self.fitted) < 2 or not np.sum(held_counts)):
             self.warnings.append("the target is too small to hold a part of it out: the choice was not measured")
             self.target_counts = self.target_counts + np.stack(held_counts)
             self.fitted.extend(self.held)
-            self.held = Texts()
+            self.held = Sample(SAMPLE)
         if not self.target_counts.sum():
             raise DataError("the target is empty: its documents hold no word")
         size = int(self.target_counts.sum())
@@ -264,30 +279,22 @@ class _Selection:
 
     def _target_unit(self, target: Corpus, unit: Unit, limit: int | None):
         counts, tally = np.zeros((2, self.model.num_buckets), np.int64), Tally()
-        held_out, fitted = Texts(), Texts()
+        held_out, fitted = Sample(SAMPLE), Sample(SAMPLE)
         for batch in read(target, unit):
             tally.add(batch, self.model.max_bad)
             held = self._uniform("hold-out", batch) < self.hold_out
             for row, (mask, texts) in enumerate(((~held, fitted), (held, held_out))):
                 part = batch.text.filter(pa.array(mask))
                 add_counts(counts[row], self.featurizer(part), limit)
-                keep = self._sampled("target sample", batch, unit, target)[mask]
-                texts.add(part.filter(pa.array(keep)))
+                texts.offer(part, self._uniform("target sample", batch)[mask])
         return counts, held_out, fitted, tally
-
-    def _sampled(self, purpose: str, batch: Batch, unit: Unit, corpus: Corpus) -> np.ndarray:
-        """Mask of a keyed sample, about `SAMPLE` documents of the corpus whatever its size."""
-        if not len(batch):
-            return np.zeros(0, bool)
-        per_document = max(batch.text.nbytes / len(batch), 1.0)
-        return self._uniform(purpose, batch) < SAMPLE * per_document / max(corpus.bytes, 1)
 
     # --- the raw corpus ---
 
     def survey(self) -> None:
         """Count the raw corpus, and make sure that it has something in common with the target."""
         peek(self.raw)
-        self.raw_counts, self.tally, self.raw_sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts()
+        self.raw_counts, self.tally, self.raw_sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Sample(SAMPLE)
         self._shared, self.kept, room = False, {}, KEPT_BYTES
         self._target_keys = np.unique(ngram_keys(self.fitted.array()))
         limit = self.model.ngram_limit(self.raw)
@@ -303,31 +310,29 @@ class _Selection:
             raise DataError("no raw document shares a single word with the target: nothing can be weighed")
 
     def _survey_unit(self, unit: Unit, limit: int | None):
-        counts, tally, sample, hashed = np.zeros(self.model.num_buckets, np.int64), Tally(), Texts(), []
+        counts, tally, sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Sample(SAMPLE)
+        hashed: list[Hashed] | None = []
         for batch in read(self.raw, unit):
             tally.add(batch, self.model.max_bad)
             self._shared = self._shared or self._shares(batch.text.slice(0, 64)) or self._shares(batch.text)
-            sampled = self._sampled("raw sample", batch, unit, self.raw)
-            sample.add(batch.text.filter(pa.array(sampled)))
+            sample.offer(batch.text, self._uniform("raw sample", batch))
             if limit is not None and counts.sum() > limit:
-                hashed = None  # enough to fit on: the rest of the unit is hashed when it is weighed
-            if hashed is not None or limit is None:
-                buckets = self.featurizer(batch.text)
-                add_counts(counts, buckets, limit)
-                hashed.append(Hashed(batch.source, batch.rows, buckets.compact(self.model.num_buckets), sampled))
+                hashed = None  # enough to fit on: the unit is hashed when it is weighed
+                continue
+            buckets = self.featurizer(batch.text)
+            add_counts(counts, buckets, limit)
+            if hashed is not None:
+                hashed.append(Hashed(batch.source, batch.rows, buckets.compact(self.model.num_buckets)))
         return counts, tally, sample, hashed or []
 
     def _shares(self, texts: pa.Array) -> bool:
         return bool(np.isin(ngram_keys(texts), self._target_keys).any())
 
-    def _hashed(self, unit: Unit) -> Iterator[Hashed]:
+    def _hashed(self, unit: Unit) -> Iterable[Hashed]:
         """The features of a unit: kept from counting, or made again."""
         if unit.number in self.kept:
-            yield from self.kept[unit.number]
-            return
-        for batch in read(self.raw, unit):
-            sampled = self._sampled("raw sample", batch, unit, self.raw)
-            yield Hashed(batch.source, batch.rows, self.featurizer(batch.text), sampled)
+            return self.kept[unit.number]
+        return (Hashed(batch.source, batch.rows, self.featurizer(batch.text)) for batch in read(self.raw, unit))
 
     def fit(self) -> None:
         """Estimate the weights, and train the classifier to compare with."""
@@ -337,10 +342,6 @@ class _Selection:
         )
         self._tables = self.model.log_diff_
         if self.method == "heuristic" or len(self.held):
-            if self.model.tokenizer is not None:
-                raise InputError("heuristic classification works with the built-in tokenizer only; use hold_out=0")
-            if not len(self.raw_sample):
-                self.raw_sample = self.fitted  # a corpus of a handful of documents
             self.heuristic.fit(self.raw_sample.strings(), self.fitted.strings())
             self._tables = np.concatenate([self.model.log_diff_, self.heuristic.table_])
 
@@ -381,7 +382,8 @@ class _Selection:
                     key = keys[name][:, column] if keys[name].ndim > 1 else keys[name]
                     value = values[name][:, column] if values[name].ndim > 1 else values[name]
                     heap.offer(key[long], value[long], unit.number, rows)
-            sampled.append(_first(values["chosen"])[long][batch.sampled[long]])
+            shown = self._uniform("raw sample", batch)[long] < SAMPLE / self.tally.documents
+            sampled.append(_first(values["chosen"])[long][shown])
         return heaps, eligible, np.concatenate(sampled or [np.empty(0)])
 
     def _values_and_keys(self, batch: Hashed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -453,10 +455,16 @@ class _Selection:
         chosen: Chosen = self.picks["chosen"]
         eligible = sum(self.eligible.values())
         proof = None
-        if len(self.held):
+        wordless = [name for name, part in self.selections.items() if name not in ("most", "least") and not part.counts.sum()]
+        if len(self.held) and wordless:
+            self.warnings.append(
+                f"the choice was not measured: of the selection by {wordless[0]!r} nothing is left without the copies of "
+                "held-out target documents"
+            )
+        elif len(self.held):
             proof = prove(self.method, self.held, self.raw_counts, self.selections, self.featurizer, self.seed)
             against = [item.better for item in proof.comparisons if item.baseline == "heuristic"]
-            if against and not any(better is not False for better in against):
+            if against and all(better is False for better in against):
                 self.warnings.append("heuristic classification does better on your target: consider --method heuristic")
         names = np.array([unit.source.name for unit in self.raw.units], dtype=object)[chosen.units]
         taken = dict(zip(*np.unique(names.astype(str), return_counts=True))) if len(names) else {}
@@ -524,17 +532,16 @@ def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.nd
     parts: dict[str, list[tuple[int, float]]] = {}
     for name, value in zip(scores.ids, scores.values.tolist()):
         file, _, row = name.rpartition(":")
-        if not row.isdigit():
+        if not row.isdecimal():
             raise InputError(f"scores must have ids of the form file:row, not {name!r}")
         parts.setdefault(file, []).append((int(row), value))
-    missing = sorted({source.name for source in raw.sources} - set(parts))
-    if missing:
-        raise InputError(f"the scores have no id for the documents of {missing[0]!r}; they are of {sorted(parts)[:3]}")
+    if not any(source.name in parts for source in raw.sources):
+        raise InputError(f"the scores have no id for the documents of {raw.sources[0].name!r}; they are of {sorted(parts)[:3]}")
     return {file: tuple(map(np.array, zip(*sorted(pairs)))) for file, pairs in parts.items()}
 
 
 def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Hashed) -> Float[np.ndarray, " n"]:
-    rows, values = given[batch.source.name]
+    rows, values = given.get(batch.source.name, (np.array([-1]), np.array([np.nan])))
     where = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
     missing = np.flatnonzero(rows[where] != batch.rows)
     if len(missing):

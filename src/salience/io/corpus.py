@@ -25,6 +25,7 @@ FORMATS = {
     ".txt": "txt",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+MANIFEST, QUARANTINE = ".manifest.json", ".quarantine.jsonl"  # endings of what stands beside an output
 UNIT_BYTES = 16 << 20
 TABLE_ROWS = 1 << 16
 
@@ -99,7 +100,7 @@ class Corpus:
     def __init__(self, inputs: Any, text: str = "text") -> None:
         self.text = text
         self.sources = _sources(inputs)
-        units = [unit for source in self.sources for unit in _units(source, text)]
+        units = [unit for source in self.sources for unit in _cut(source, text)]
         self.units = [replace(unit, number=number) for number, unit in enumerate(units)]
         if not self.units:
             raise NothingToDo(f"nothing to read: {_names(self.sources)} {_are(self.sources)} empty")
@@ -111,8 +112,17 @@ class Corpus:
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], text: str = "text") -> Corpus:
-        """A corpus of strings in memory."""
-        return cls(pa.table({text: pa.array(texts, pa.large_string())}), text)
+        """A corpus of strings in memory.
+
+        Raises
+        ------
+        DataError
+            One of them is not a string, or not Unicode.
+        """
+        try:
+            return cls(pa.table({text: pa.array(texts, pa.large_string())}), text)
+        except (pa.ArrowException, UnicodeEncodeError) as error:
+            raise DataError(f"the texts cannot be read: {error}") from error
 
     @classmethod
     def joined(cls, corpora: Sequence[Corpus]) -> Corpus:
@@ -151,17 +161,25 @@ def _expand(path: str) -> list[Path]:
     """Files that a path, a directory or a glob stands for; absolute, symbolic links left as they are."""
     here = Path(os.path.abspath(path))
     if here.is_dir():
-        found = sorted(file for file in here.rglob("*") if file.is_file() and _format(file)[0])
+        found = sorted(file for file in here.rglob("*") if _is_data(file.relative_to(here)) and file.is_file())
         if not found:
             raise NothingToDo(f"directory {path} holds no file that ends in {_endings()}")
         return found
     if here.exists():
         return [here]
-    found = sorted(Path(os.path.abspath(match)) for match in globbing.glob(path, recursive=True))
+    matches = sorted(Path(os.path.abspath(match)) for match in globbing.glob(path, recursive=True))
+    found = [file for file in matches if file.is_file()]
     if not found:
         kind = "matches no file" if globbing.has_magic(path) else "does not exist"
         raise InputError(f"input {path} {kind}")
-    return [file for file in found if file.is_file()]
+    return found
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file of a directory is read: not what is hidden, or what our writer puts beside its output."""
+    if any(part.startswith(".") for part in path.parts) or path.name.endswith((MANIFEST, QUARANTINE)):
+        return False
+    return _format(path)[0] is not None
 
 
 def _format(path: Path) -> tuple[str | None, str | None]:
@@ -179,12 +197,18 @@ def _file(name: str, path: Path) -> Source:
     kind, compression = _format(path)
     if kind is None:
         raise InputError(f"input {path} has an unknown ending; known: {_endings()}")
-    return Source(name, str(path), kind, compression, path.stat().st_size)
+    try:
+        return Source(name, str(path), kind, compression, path.stat().st_size)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _table(item: Any) -> pa.Table:
     if hasattr(item, "__arrow_c_stream__"):
-        return pa.table(item)
+        try:
+            return pa.table(item)
+        except (pa.ArrowException, TypeError) as error:
+            raise DataError(f"input of type {type(item).__name__} cannot be read as a table: {error}") from error
     if hasattr(item, "with_format") and hasattr(item, "column_names"):  # datasets.Dataset before it spoke Arrow
         return item.with_format("arrow")[:]
     if isinstance(item, Iterable):
@@ -195,14 +219,19 @@ def _table(item: Any) -> pa.Table:
     raise InputError(f"input of type {type(item).__name__} is neither a path nor a table")
 
 
+def _cut(source: Source, text: str) -> list[Unit]:
+    try:
+        return _units(source, text)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise DataError(f"{source.path} cannot be read: {error}") from error
+
+
 def _units(source: Source, text: str) -> list[Unit]:
     if source.table is not None:
         _check_column(source, source.table.schema, text)
         rows = source.table.num_rows
-        return [
-            Unit(source, start, min(start + TABLE_ROWS, rows), start, source.size * TABLE_ROWS // max(rows, 1))
-            for start in range(0, rows, TABLE_ROWS)
-        ]
+        ends = [(start, min(start + TABLE_ROWS, rows)) for start in range(0, rows, TABLE_ROWS)]
+        return [Unit(source, start, stop, start, source.size * (stop - start) // rows) for start, stop in ends]
     if source.size == 0:
         return []
     if source.format == "parquet":

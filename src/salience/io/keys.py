@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 def key_of(text: str) -> int:
     """64-bit identity of a name, such as a file's path relative to its corpus (xxh3)."""
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8"))
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
 
 
 def uniform(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
@@ -33,10 +33,11 @@ def uniform(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"
         Row numbers or byte offsets within the file.
     """
     with np.errstate(over="ignore"):
-        state = _mix(np.uint64(seed & _MASK) + _mix(np.uint64(key_of(purpose))))
+        state = _mix(np.uint64(int(seed) & _MASK) + _mix(np.uint64(key_of(purpose))))
         state = _mix(state ^ np.uint64(file_id))
         drawn = _mix(state ^ _mix(np.asarray(rows).astype(np.uint64)))
-    return ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    drawn = ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+    return np.minimum(drawn, np.nextafter(1.0, 0.0))  # the largest would round to 1
 
 
 def gumbel(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:

@@ -29,6 +29,7 @@ BLOCK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 32 << 20
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 4096
+_FIELD, _TEXT, _QUOTED, _CLOSED = range(4)  # at a CSV field's start, in it, in its quotes, behind them
 
 
 class Bad(NamedTuple):
@@ -70,25 +71,33 @@ def open_bytes(source: Source) -> BinaryIO:
 # --- splitting ----------------------------------------------------------------------------------------------
 
 
-def _record_ends(block, quoted, inside):
-    """Positions one past each newline that ends a record, and whether the block ends inside quotes."""
+def _record_ends(block, quoted, state):
+    """Positions one past each newline that ends a record, and the state behind the last byte."""
     if quoted:
-        return _quoted_ends(block, inside)
-    return np.flatnonzero(block == 10) + 1, False
+        return _csv_ends(block, state)
+    return np.flatnonzero(block == 10) + 1, state
 
 
 @numba.njit(nogil=True, cache=True)
-def _quoted_ends(block, inside):
+def _csv_ends(block, state):
+    """As in RFC 4180 a quote opens a field only as its first byte; elsewhere it is text."""
     ends = np.empty(len(block), np.int64)
     found = 0
     for at in range(len(block)):
         byte = block[at]
-        if byte == 10 and not inside:
+        if byte == 10 and state != _QUOTED:
             ends[found] = at + 1
             found += 1
-        elif byte == 34:
-            inside = not inside
-    return ends[:found].copy(), inside
+            state = _FIELD
+        elif state == _QUOTED:
+            state = _CLOSED if byte == 34 else _QUOTED
+        elif byte == 44:
+            state = _FIELD
+        elif byte == 34 and state != _TEXT:
+            state = _QUOTED  # opens a field, or is the second of a doubled quote
+        else:
+            state = _TEXT
+    return ends[:found].copy(), state
 
 
 class Splitter:
@@ -123,14 +132,13 @@ class Splitter:
             if not block:
                 return
             self._rest = block
-            ends, _ = _record_ends(np.frombuffer(block, np.uint8), self._quoted, False)
+            ends, state = _record_ends(np.frombuffer(block, np.uint8), self._quoted, _FIELD)
             if not chunk and (not len(ends) or ends[-1] < len(block)):
+                self._check_closed(state, self._position + (int(ends[-1]) if len(ends) else 0))
                 ends = np.append(ends, len(block))  # the last record of a file needs no newline
             if not len(ends):
                 if len(block) > MAX_RECORD_BYTES:
-                    hint = " (an unclosed quote?)" if self._quoted else ""
-                    reason = f"longer than {MAX_RECORD_BYTES >> 20} MiB{hint}"
-                    self.too_long.append(Bad(self._position, reason, block[:_HEAD_BYTES]))
+                    self._set_aside(self._position, block)
                     self._skip_record()
                 continue
             offset = self._position
@@ -139,14 +147,34 @@ class Splitter:
                 ends = ends[: np.searchsorted(begins, self._stop)]
             self._rest = block[ends[-1] :]
             self._position = offset + int(ends[-1])
-            yield block[: ends[-1]], offset, ends
+            yield from self._fitting(block, offset, ends)
+
+    def _fitting(self, block: bytes, offset: int, ends: np.ndarray) -> Iterator[tuple[bytes, int, np.ndarray]]:
+        """The block without the records that are too long, which are set aside."""
+        starts = np.concatenate([[0], ends[:-1]])
+        first = 0
+        for at in (*np.flatnonzero(ends - starts > MAX_RECORD_BYTES).tolist(), len(ends)):
+            if first < at:
+                begin = int(starts[first])
+                yield block[begin : ends[at - 1]], offset + begin, ends[first:at] - begin
+            if at < len(ends):
+                self._set_aside(offset + int(starts[at]), block[starts[at] : ends[at]])
+            first = at + 1
+
+    def _set_aside(self, offset: int, record: bytes) -> None:
+        self.too_long.append(Bad(offset, f"longer than {MAX_RECORD_BYTES:,} bytes", record[:_HEAD_BYTES]))
+
+    def _check_closed(self, state: int, offset: int) -> None:
+        """A quote that stays open swallows all that follows: no count of bad records would be true."""
+        if state == _QUOTED:
+            raise EOFError(f"a quote in the record at byte {offset} is never closed (is the file cut short?)")
 
     def _skip_record(self) -> None:
         """Move behind the end of the current record, keeping no more than a block of it in memory."""
-        block, inside = self._rest or self._stream.read(BLOCK_BYTES), False
+        block, state, begin = self._rest or self._stream.read(BLOCK_BYTES), _FIELD, self._position
         self._rest = b""
         while block:
-            ends, inside = _record_ends(np.frombuffer(block, np.uint8), self._quoted, inside)
+            ends, state = _record_ends(np.frombuffer(block, np.uint8), self._quoted, state)
             if len(ends):
                 self._position += int(ends[0])
                 self._rest = block[ends[0] :]
@@ -155,6 +183,7 @@ class Splitter:
             if self._stop is not None and self._position >= self._stop:
                 return
             block = self._stream.read(BLOCK_BYTES)
+        self._check_closed(state, begin)
 
 
 def trimmed(block: bytes, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -212,11 +241,13 @@ def _json_text(raw: bytes, text: str) -> tuple[str | None, str]:
         return dict(found)
 
     try:
-        record = json.loads(raw.decode("utf-8"), object_pairs_hook=remember)
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=remember, parse_int=float)  # any number of digits
     except UnicodeDecodeError as error:
         return None, f"invalid UTF-8 at byte {error.start}"
-    except RecursionError:
-        return None, "nested too deeply"
+    except RecursionError:  # Arrow parses any depth, and whether a record is good must not depend on its block
+        column = _json_column(raw, text)
+        value = column[0].as_py() if column is not None and len(column) == 1 else None
+        return value, "nested too deeply" if value is None else ""
     except ValueError as error:
         return None, f"not JSON: {error}"
     if not isinstance(record, dict):
@@ -255,7 +286,9 @@ def parse_txt(block: bytes, starts: np.ndarray, stops: np.ndarray) -> Parsed:
 def parse_csv(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str, names: list[str]) -> Parsed:
     """Read CSV records as strings, all columns of them."""
     full = np.flatnonzero(stops > starts)
-    if len(full):
+    # Arrow's rows are our records, but for lines of white space, and lone carriage returns, which end its rows.
+    plain = len(full) and (np.frombuffer(block, np.uint8)[starts[full]] > 32).all()
+    if plain and block.count(b"\r") == block.count(b"\r\n"):
         table = _csv_table(block, names)
         if table is not None and table.num_rows == len(full):
             column = table[text].combine_chunks()
@@ -265,7 +298,7 @@ def parse_csv(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str, na
 
     def one(raw: bytes) -> tuple[str | None, str]:
         try:
-            found = list(csv.reader(io.StringIO(raw.decode("utf-8"), newline=""), strict=True))
+            found = list(csv.reader(io.StringIO(raw.decode("utf-8"), newline="")))  # as lenient as Arrow is
         except UnicodeDecodeError as error:
             return None, f"invalid UTF-8 at byte {error.start}"
         except csv.Error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -155,22 +156,42 @@ def _behind_header(block, offset, starts, stops, begin):
 
 def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | None) -> Iterator[Batch]:
     row = unit.first_row
-    for table in _tables(corpus, unit, whole):
+    for table in map(_plain, _tables(corpus, unit, whole)):
         text = table[corpus.text].combine_chunks()
-        if pa.types.is_dictionary(text.type) or pa.types.is_string_view(text.type):
+        if pa.types.is_dictionary(text.type):
             text = text.cast(pa.large_string())
-        bad: list[lines.Bad] = []
         rows = np.arange(row, row + len(text), dtype=np.int64)
         row += len(text)
-        if text.null_count:
-            empty = np.asarray(text.is_null())
-            bad = [lines.Bad(int(at), f"column {corpus.text!r} is null", b"") for at in rows[empty]]
-            rows, text, table = rows[~empty], text.drop_null(), table.filter(pa.array(~empty))
+        good, bad = _usable(text, rows, corpus.text)
         if wanted is not None:
-            keep = np.isin(rows, wanted)
-            rows, text, table = rows[keep], text.filter(pa.array(keep)), table.filter(pa.array(keep))
-        text.validate(full=True)
+            good &= np.isin(rows, wanted)
+        if not good.all():
+            rows, text, table = rows[good], text.filter(pa.array(good)), table.filter(pa.array(good))
         yield Batch(unit.source, rows, text, None, table if whole else None, 0, bad)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """The table without Arrow's view types, which have no kernels to filter and take by."""
+    plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    fields = [field.with_type(plain.get(field.type, field.type)) for field in table.schema]
+    schema = pa.schema(fields, table.schema.metadata)
+    return table if schema.equals(table.schema) else table.cast(schema)
+
+
+def _usable(text: pa.Array, rows: np.ndarray, name: str) -> tuple[np.ndarray, list[lines.Bad]]:
+    """Mask of the rows that hold valid text, and the others."""
+    good = np.array(text.is_valid())
+    bad = [lines.Bad(int(row), f"column {name!r} is null", b"") for row in rows[~good]]
+    try:
+        text.validate(full=True)
+    except pa.ArrowInvalid:
+        for at, raw in enumerate(text.cast(pa.large_binary()).to_pylist()):
+            try:
+                (raw or b"").decode("utf-8")
+            except UnicodeDecodeError as error:
+                good[at] = False
+                bad.append(lines.Bad(int(rows[at]), f"invalid UTF-8 at byte {error.start}", raw[: 1 << 16]))
+    return good, bad
 
 
 def _tables(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[pa.Table]:
@@ -193,12 +214,21 @@ def as_json(table: pa.Table, where: str) -> list[bytes]:
     Raises
     ------
     DataError
-        A column holds something that JSON has no form for.
+        A column holds something that JSON has no form for, or two columns have one name.
     """
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where} has several columns called {twice[0]!r}, which JSON cannot have")
 
     def refuse(value: object) -> str:
         if isinstance(value, bytes):
             raise DataError(f"{where} holds bytes, which JSON cannot; write Parquet (an output that ends in .parquet)")
         return str(value)
 
-    return [json.dumps(row, ensure_ascii=False, default=refuse).encode("utf-8") for row in table.to_pylist()]
+    try:
+        rows = table.to_pylist()
+        return [json.dumps(row, ensure_ascii=False, allow_nan=False, default=refuse).encode("utf-8") for row in rows]
+    except DataError:
+        raise
+    except ValueError as error:  # NaN or infinity; bytes that are no UTF-8
+        raise DataError(f"{where} holds what JSON cannot: {error}; write the format of the input") from error

@@ -23,11 +23,12 @@ import xxhash
 
 from salience import __version__
 from salience.errors import DataError, InputError
-from salience.io.corpus import COMPRESSIONS, FORMATS, Corpus, Source
-from salience.io.lines import Bad, csv_header
+from salience.io.corpus import COMPRESSIONS, FORMATS, MANIFEST, QUARANTINE, Corpus, Source
+from salience.io.lines import Bad, csv_header, open_bytes
 from salience.io.reader import Batch, as_json
 
 _CHUNK = 1 << 20
+_GROUP_BYTES = 64 << 20
 
 
 class Output:
@@ -41,19 +42,25 @@ class Output:
         Final name of the main file.
     overwrite : bool
         Replace an existing one.
+    inputs : sequence of Corpus
+        What is read meanwhile, and must not be replaced.
 
     Raises
     ------
     InputError
-        The name exists, its folder does not, or it cannot be written to.
+        The name exists or is that of an input, its folder does not exist, or it cannot be written to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()
+    ) -> None:
         self.path = Path(path)
         if self.path.is_dir():
             raise InputError(f"output {path} is a directory; name a file")
         if self.path.exists() and not overwrite:
             raise InputError(f"output {path} exists; pass --overwrite to replace it")
+        if os.path.realpath(path) in {os.path.realpath(s.path) for corpus in inputs for s in corpus.sources if s.path}:
+            raise InputError(f"output {path} is one of the inputs")
         if not self.path.parent.is_dir():
             raise InputError(f"output folder {self.path.parent} does not exist")
         if not os.access(self.path.parent, os.W_OK):
@@ -84,11 +91,11 @@ class Output:
                  for name in names}  # fmt: skip
         manifest = {"salience": __version__, **record, "files": files}
         text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
-        final = self.path.with_name(self.path.name + ".manifest.json")
+        final = self.path.with_name(self.path.name + MANIFEST)
         written = self._folder / final.name
-        written.write_text(text, encoding="utf-8")
+        written.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff, of a name that is no UTF-8
         final.unlink(missing_ok=True)  # a manifest never describes files other than those beside it
-        self.path.with_name(self.path.name + ".quarantine.jsonl").unlink(missing_ok=True)
+        self.path.with_name(self.path.name + QUARANTINE).unlink(missing_ok=True)
         for name in [name for name in names if name != self.path.name] + [self.path.name]:
             if name in files:
                 _sync(self._folder / name)
@@ -155,12 +162,14 @@ class RecordWriter:
             raise InputError(f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl")
         self._path, self._name = path, name
         self._parquet: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []  # for the next row group, of
+        self._held = 0  # bytes
         self._stream: BinaryIO | None = None
         if self._format != "parquet":
             raw = pa.OSFile(str(path), "wb")
             self._stream = pa.CompressedOutputStream(raw, compression) if compression else raw
         if self._format == "csv":
-            self._stream.write(_common_header(corpus.sources))
+            self._stream.write(_common_header([source for source in corpus.sources if source.size]))
 
     def write(self, records: list[bytes] | pa.Table) -> int:
         """Append what `chosen` returned; gives the number of records."""
@@ -171,10 +180,18 @@ class RecordWriter:
         if self._parquet is None:
             self._parquet = pq.ParquetWriter(self._path, records.schema, write_page_checksum=True)
         try:
-            self._parquet.write_table(records.cast(self._parquet.schema))
-        except (pa.ArrowInvalid, ValueError) as error:
+            self._waiting.append(records.cast(self._parquet.schema))
+        except (pa.ArrowException, ValueError) as error:
             raise DataError(f"inputs have different columns, which one Parquet file cannot hold: {error}") from error
+        self._held += records.nbytes
+        if self._held >= _GROUP_BYTES:
+            self._write_group()
         return records.num_rows
+
+    def _write_group(self) -> None:
+        if any(table.num_rows for table in self._waiting):
+            self._parquet.write_table(pa.concat_tables(self._waiting))
+        self._waiting, self._held = [], 0
 
     def chosen(self, batch: Batch, mask) -> list[bytes] | pa.Table:
         """The records of a batch (read with ``whole=True``) where `mask` holds, ready to be written; thread-safe."""
@@ -189,6 +206,7 @@ class RecordWriter:
     def close(self) -> None:
         """Finish the file."""
         if self._parquet is not None:
+            self._write_group()
             self._parquet.close()
         if self._stream is not None:
             self._stream.close()
@@ -199,10 +217,8 @@ def _common_header(sources: Sequence[Source]) -> bytes:
     if len(headers) > 1:
         first, second = list(headers.values())[:2]
         raise DataError(f"{first.path} and {second.path} have different columns; use an output that ends in .jsonl")
-    with open(sources[0].path, "rb") if not sources[0].compression else pa.CompressedInputStream(
-        pa.OSFile(sources[0].path), sources[0].compression
-    ) as stream:
-        return stream.read(csv_header(sources[0])[1])
+    with open_bytes(sources[0]) as stream:
+        return stream.read(csv_header(sources[0])[1]).rstrip(b"\r\n") + b"\n"
 
 
 def write_quarantine(path: Path, bad: Iterable[tuple[Source, Bad]]) -> None:

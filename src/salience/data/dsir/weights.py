@@ -127,10 +127,10 @@ class DSIR(BaseEstimator):
         DataError
             Too many bad records, or no n-gram at all in raw or target.
         """
-        self._check()
         raw = as_corpus(raw)
         pooled = not (self.separate_targets and isinstance(targets, list | tuple))
         corpora = [as_corpus(target) for target in ([targets] if pooled else targets)]
+        self.check(len(corpora))
         raw_counts = count_ngrams(raw, self.featurizer(), self.ngram_limit(raw), self.max_bad, self.workers, "raw corpus")
         target_counts = [
             count_ngrams(
@@ -147,7 +147,7 @@ class DSIR(BaseEstimator):
         target_counts: Int[np.ndarray, "targets num_buckets"],
     ) -> DSIR:
         """Estimate from n-gram counts per bucket, as `fit` does after counting."""
-        self._check()
+        self.check(len(target_counts))
         if not raw_counts.sum():
             raise DataError("the raw corpus holds no n-gram")
         for number, counts in enumerate(target_counts):
@@ -158,10 +158,7 @@ class DSIR(BaseEstimator):
             [log_ratio(counts + self.smoothing, raw_counts) for counts in target_counts.astype(np.float64)]
         )
         given = self.target_proportions
-        if given is not None and len(given) != len(target_counts):
-            raise InputError(f"target_proportions has {len(given)} entries for {len(target_counts)} targets")
         shares = np.asarray(target_counts.sum(1) if given is None else given, dtype=np.float64)
-        quotas(1, shares.tolist())
         self.target_proportions_ = shares / shares.sum()
         return self
 
@@ -254,7 +251,8 @@ class DSIR(BaseEstimator):
             tokens.append(buckets.tokens)
         return np.concatenate(weights), np.concatenate(rows), np.concatenate(tokens)
 
-    def _check(self) -> None:
+    def check(self, targets: int) -> None:
+        """Refuse parameters that are out of range, or do not fit the number of targets (`fit` does this first)."""
         self.featurizer()
         if self.smoothing < 0 or not np.isfinite(self.smoothing):
             raise InputError(f"smoothing must be a finite number of at least 0, not {self.smoothing}")
@@ -264,20 +262,30 @@ class DSIR(BaseEstimator):
             raise InputError(f"max_bad must lie in 0..1, not {self.max_bad}")
         if self.max_ngrams not in ("auto", "all") and not (isinstance(self.max_ngrams, int) and self.max_ngrams > 0):
             raise InputError(f"max_ngrams must be 'auto', 'all' or a positive whole number, not {self.max_ngrams!r}")
-        if self.target_proportions is not None and not self.separate_targets:
-            raise InputError("target_proportions needs separate_targets=True")
+        if not isinstance(self.random_state, int | np.integer):
+            raise InputError(f"random_state must be a whole number, not {self.random_state!r}")
+        if self.target_proportions is not None:
+            if not self.separate_targets:
+                raise InputError("target_proportions needs separate_targets=True")
+            if len(self.target_proportions) != targets:
+                raise InputError(f"target_proportions has {len(self.target_proportions)} entries for {targets} targets")
+            quotas(1, self.target_proportions)
+
+    def described(self) -> dict[str, Any]:
+        """The parameters that results depend on, as plain data (all but `workers`, and `tokenizer`, which is code)."""
+        parameters = {name: value for name, value in self.get_params().items() if name not in ("tokenizer", "workers")}
+        return json.loads(json.dumps(parameters, default=lambda value: np.asarray(value).tolist()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save parameters and counts as safetensors (no pickle)."""
         check_is_fitted(self)
         if self.tokenizer is not None:
             raise InputError("a DSIR with a tokenizer of your own cannot be saved; its code would have to be, too")
-        parameters = {name: value for name, value in self.get_params().items() if name not in ("tokenizer", "workers")}
         temporary = Path(f"{path}.partial")
         save_file(
             {"raw_counts": self.raw_counts_, "target_counts": self.target_counts_},
             temporary,
-            metadata={"salience.DSIR": json.dumps(parameters)},
+            metadata={"salience.DSIR": json.dumps(self.described())},
         )
         os.replace(temporary, path)
 
@@ -295,7 +303,7 @@ class DSIR(BaseEstimator):
                 parameters = json.loads((file.metadata() or {})["salience.DSIR"])
                 raw, target = file.get_tensor("raw_counts"), file.get_tensor("target_counts")
             return cls(**parameters).fit_counts(raw, target)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path} is not a saved DSIR: {error}") from error
 
 
