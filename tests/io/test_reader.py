@@ -137,7 +137,9 @@ def frames() -> dict[str, object]:
         "pyarrow table": table,
         "record batch": table.to_batches()[0],
         "stream": pa.RecordBatchReader.from_batches(table.schema, table.to_batches(max_chunksize=2)),
-        "string views": pa.table({"text": pa.array(values, pa.string_view()), "b": pa.array([b"x"] * 4, pa.binary_view())}),
+        "string views": pa.table(
+            {"text": pa.array(values, pa.string_view()), "b": pa.array([b"x"] * 4, pa.binary_view())}
+        ),
     }
 
 
@@ -182,18 +184,55 @@ def test_a_name_with_glob_characters_is_a_name_first(tmp_path: Path) -> None:
     assert texts(Corpus(str(path))) == ["x"]
 
 
-def test_a_file_name_may_be_any_bytes(tmp_path: Path) -> None:
+def test_a_file_name_must_be_unicode(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/a\xff\n.jsonl"
     with open(name, "wb") as file:
         file.write(b'{"text": "x"}\n')
-    pool = Corpus(tmp_path)
-    assert texts(pool) == ["x"] and pool.sources[0].file_id != 0
+    with pytest.raises(InputError, match="has a name that is not UTF-8; rename it"):
+        Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.zst", "csv", "csv.gz", "txt", "parquet", "table"])
+@pytest.mark.parametrize("block_bytes", [24, 4 << 20])
+def test_wanted_rows_alone_can_be_read(
+    tmp_path: Path, ending: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 50)
+    values = [f"text {n}" for n in range(20)]
+    path, table = tmp_path / f"a.{ending}", pa.table({"text": values, "n": range(20)})
+    written = as_csv(values) if "csv" in ending else "\n".join(values)
+    if ending.startswith("jsonl"):
+        written = "".join(json.dumps({"text": text}) + "\n\n" for text in values)
+    if ending == "parquet":
+        pq.write_table(table, path, row_group_size=6)
+    elif path.suffix in (".gz", ".zst"):
+        compressed(path, written.encode(), {".gz": "gzip", ".zst": "zstd"}[path.suffix])
+    else:
+        path.write_text(written)
+    pool = Corpus(table if ending == "table" else path)
+    every = collect(pool).documents
+    assert [text for _, _, text in every] == values
+    wanted = np.array([row for _, row, _ in every])[[0, 3, 4, 11, 19]]
+    found = []
+    for unit in pool.units:
+        for batch in read(pool, unit, whole=True, rows=wanted):
+            found += zip(batch.rows.tolist(), batch.text.to_pylist())
+            if batch.lines is not None:
+                block, starts, stops = batch.lines
+                raw = [block[a:b].decode() for a, b in zip(starts.tolist(), stops.tolist())]
+                assert all(text in record for text, record in zip(batch.text.to_pylist(), raw, strict=True))
+            if batch.table is not None:
+                assert batch.table["text"].to_pylist() == batch.text.to_pylist()
+    assert found == [every[at][1:] for at in (0, 3, 4, 11, 19)]
 
 
 # --- where records are cut ----------------------------------------------------------------------------------
 
 LINE = st.one_of(
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(lambda text: json.dumps({"text": text}).encode()),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12).map(
+        lambda text: json.dumps({"text": text}).encode()
+    ),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=30).map(
         lambda text: json.dumps({"x": [1, {"text": 2}], "text": text}, ensure_ascii=False).encode()
     ),
@@ -212,7 +251,9 @@ def laid_out(records: list[bytes], newline: bytes, final: bool, bom: bool) -> tu
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(LINE, min_size=1, max_size=12), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), CUTS, CUTS)
+@given(
+    st.lists(LINE, min_size=1, max_size=12), st.sampled_from([b"\n", b"\r\n"]), st.booleans(), st.booleans(), CUTS, CUTS
+)
 def test_every_line_is_read_once_wherever_units_and_blocks_end(
     tmp_path_factory, records: list[bytes], newline: bytes, final: bool, bom: bool, unit_bytes: int, block_bytes: int
 ) -> None:
@@ -358,7 +399,9 @@ def test_a_bad_record_is_named_and_its_neighbours_are_read(
     (tmp_path / "a.jsonl").write_bytes(data)
     found = collect(Corpus(tmp_path / "a.jsonl"))
     assert [(row, text) for _, row, text in found.documents] == [
-        (start, json.loads(record)["text"]) for start, record in zip(starts, records) if record in (records[0], records[3])
+        (start, json.loads(record)["text"])
+        for start, record in zip(starts, records)
+        if record in (records[0], records[3])
     ]
     assert found.blank == len(wanted)
     bad = sorted(found.bad)
@@ -372,7 +415,9 @@ def test_a_bad_record_is_named_and_its_neighbours_are_read(
 @given(
     st.lists(st.sampled_from([None, "", *BAD]), min_size=1, max_size=40), st.integers(20, 2000), st.integers(20, 500),
 )  # fmt: skip
-def test_no_record_is_unaccounted_for(tmp_path_factory, kinds: list[str | None], unit_bytes: int, block_bytes: int) -> None:
+def test_no_record_is_unaccounted_for(
+    tmp_path_factory, kinds: list[str | None], unit_bytes: int, block_bytes: int
+) -> None:
     kinds = [None, *kinds]  # a byte-order mark at the beginning of a file is fine
     records = [b'{"text": "ok"}' if kind is None else b"" if not kind else BAD[kind][0] for kind in kinds]
     path = tmp_path_factory.getbasetemp() / "mixed.jsonl"
@@ -563,7 +608,9 @@ def test_a_missing_column_is_told_with_the_nearest_names(tmp_path: Path) -> None
     (tmp_path / "a.csv").write_text("texts,id,n\na,1,2\n")
     jsonl(tmp_path / "a.jsonl", ["x"]).write_text('{"texts": "a", "id": 1}\n' * 3)
     for inputs in (tmp_path / "a.parquet", tmp_path / "a.csv", table):
-        with pytest.raises(DataError, match=r"no column 'text' \(nearest names: 'texts'; there are: 'id', 'n', 'texts'"):
+        with pytest.raises(
+            DataError, match=r"no column 'text' \(nearest names: 'texts'; there are: 'id', 'n', 'texts'"
+        ):
             Corpus(inputs)
     with pytest.raises(DataError, match=r"no field 'text' \(nearest names: 'texts'.*nor do the 3 first records"):
         peek(Corpus(tmp_path / "a.jsonl"))

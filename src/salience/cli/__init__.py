@@ -59,7 +59,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        app(args=arguments, standalone_mode=True)
+        app(args=arguments, prog_name="salience", standalone_mode=True)
     except KeyboardInterrupt:
         _stop(_INTERRUPTED, 130)
     except SystemExit as stopped:

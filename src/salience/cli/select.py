@@ -98,7 +98,7 @@ def text(
     )  # fmt: skip
     pool, targets = Corpus(raw, text_column), [Corpus(name, text_column) for name in target]
     page = report or Path(f"{out}.report.html")
-    if page.suffix != ".html" or not page.parent.is_dir() or page.is_dir():
+    if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
     if page.exists() and not overwrite:
         raise InputError(f"report {page} exists; pass --overwrite to replace it")

@@ -197,10 +197,19 @@ def _file(name: str, path: Path) -> Source:
     kind, compression = _format(path)
     if kind is None:
         raise InputError(f"input {path} has an unknown ending; known: {_endings()}")
+    check_name("input", path)
     try:
         return Source(name, str(path), kind, compression, path.stat().st_size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def check_name(what: str, path: Path) -> None:
+    """Refuse a path that is no Unicode: Arrow cannot open it, and no manifest can hold it."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {path} has a name that is not UTF-8; rename it") from None
 
 
 def _table(item: Any) -> pa.Table:

@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 
 def key_of(text: str) -> int:
     """64-bit identity of a name, such as a file's path relative to its corpus (xxh3)."""
-    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape"))  # file names may be any bytes
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8"))
 
 
 def uniform(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:

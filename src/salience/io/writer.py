@@ -23,7 +23,7 @@ import xxhash
 
 from salience import __version__
 from salience.errors import DataError, InputError
-from salience.io.corpus import COMPRESSIONS, FORMATS, MANIFEST, QUARANTINE, Corpus, Source
+from salience.io.corpus import COMPRESSIONS, FORMATS, MANIFEST, QUARANTINE, Corpus, Source, check_name
 from salience.io.lines import Bad, csv_header, open_bytes
 from salience.io.reader import Batch, as_json
 
@@ -55,6 +55,7 @@ class Output:
         self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()
     ) -> None:
         self.path = Path(path)
+        check_name("output", self.path)
         if self.path.is_dir():
             raise InputError(f"output {path} is a directory; name a file")
         if self.path.exists() and not overwrite:
@@ -93,7 +94,7 @@ class Output:
         text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
         final = self.path.with_name(self.path.name + MANIFEST)
         written = self._folder / final.name
-        written.write_text(text, encoding="utf-8", errors="backslashreplace")  # \udcff, of a name that is no UTF-8
+        written.write_text(text, encoding="utf-8")
         final.unlink(missing_ok=True)  # a manifest never describes files other than those beside it
         self.path.with_name(self.path.name + QUARANTINE).unlink(missing_ok=True)
         for name in [name for name in names if name != self.path.name] + [self.path.name]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from salience.errors import InputError
 
 _MAX_ORDER = 7  # the bytes of an n-gram and its length fit one 64-bit key, so that the table is exact
+_SLOTS = 1 << 16  # of the table at first
 _COUNT, _TOTAL, _FOLLOWERS = 0, 1, 2  # of an n-gram; of what followed it; of distinct bytes that followed it
 
 
@@ -41,7 +42,7 @@ class ByteNgram:
         data, offsets = _joined(texts)
         if not len(data):
             raise InputError("there is no text to fit on")
-        self._keys, self._stats = _empty(1 << 16)
+        self._keys, self._stats = _empty(_SLOTS)
         at = used = 0
         while at < len(data):
             at, used = _count(data, offsets, self.order, at, used, self._keys, self._stats)
