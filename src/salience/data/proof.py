@@ -151,8 +151,8 @@ class Proof:
         figures = (
             f"KL reduction {kl.chosen:+.3f} against {kl.other:+.3f} for random of equal size (difference "
             f"{kl.difference:+.3f}, 95 % interval {kl.low:+.3f} to {kl.high:+.3f}); byte "
-            f"model {bits.chosen:.3f} "
-            f"against {bits.other:.3f} bits per byte (saves {bits.difference:+.3f}, {bits.low:+.3f} to {bits.high:+.3f})"
+            f"model {bits.chosen:.3f} against {bits.other:.3f} bits per byte (saves {bits.difference:+.3f}, "
+            f"{bits.low:+.3f} to {bits.high:+.3f})"
         )
         if self.better:
             return f"closer to your held-out target than random: {figures}"
