@@ -331,9 +331,9 @@ def test_a_block_is_parsed_like_its_lines_one_by_one(data: st.DataObject) -> Non
         block = b"".join(part + b"\n" for part in parts)
         starts, stops = lines.trimmed(block, np.cumsum([len(part) + 1 for part in parts]))
         parsed = lines.parse_jsonl(block, starts, stops, "text")
-        assert len(parsed.index) + parsed.blank + len(parsed.bad) == len(parts)
+        assert len(parsed.kept) + parsed.blank + len(parsed.bad) == len(parts)
         result: list[str | None] = [None] * len(parts)
-        for index, text in zip(parsed.index.tolist(), parsed.text.to_pylist()):
+        for index, text in zip(parsed.kept.tolist(), parsed.text.to_pylist()):
             result[index] = text
         return result
 
@@ -356,9 +356,9 @@ def test_a_csv_block_is_parsed_like_its_records_one_by_one(written: list[str], c
 
     def rows(block: bytes, starts: np.ndarray, stops: np.ndarray) -> tuple[list[int], list[dict]]:
         parsed = lines.parse_csv(block, starts, stops, "text", names)
-        assert len(parsed.index) + parsed.blank + len(parsed.bad) == len(starts)
+        assert len(parsed.kept) + parsed.blank + len(parsed.bad) == len(starts)
         assert parsed.table is None or parsed.table["text"].to_pylist() == parsed.text.to_pylist()
-        return parsed.index.tolist(), [] if parsed.table is None else parsed.table.to_pylist()
+        return parsed.kept.tolist(), [] if parsed.table is None else parsed.table.to_pylist()
 
     alone = [rows(block[a:b] + b"\n", np.array([0]), np.array([b - a])) for a, b in zip(starts, stops)]
     expected = [n for n, (index, _) in enumerate(alone) if index], [row for _, found in alone for row in found]

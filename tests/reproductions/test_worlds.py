@@ -156,8 +156,8 @@ def test_missing_package(name):
 def test_pool_hides_half_of_the_target(monkeypatch):
     corpus = {"aim": [text.Document(f"aim {i}", "aim", "a.py") for i in range(40)]}
     corpus["other"] = [text.Document(f"other {i}", "other", "o.py") for i in range(30)]
-    monkeypatch.setattr(text, "package_corpus", lambda names: [d for name in names for d in corpus[name]])
-    monkeypatch.setattr(text, "source_passages", lambda: [text.Document("code", "stdlib", "s.py")])
+    monkeypatch.setattr(text, "package_corpus", lambda names, single_spaces=False: [d for name in names for d in corpus[name]])
+    monkeypatch.setattr(text, "source_passages", lambda single_spaces=False: [text.Document("code", "stdlib", "s.py")])
     pool = text.pool(11, "aim", ["aim", "other"])
     assert (len(pool.target), len(pool.held_out), len(pool.raw)) == (10, 10, 20 + 30 + 1)
     hidden = [document for document in pool.raw if document.source == "aim"]
@@ -431,3 +431,8 @@ def test_home(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert zoo.home() == tmp_path / ".cache" / "salience"
+
+
+def test_chunks_at_single_spaces_count_empty_words():
+    assert text.chunks("a  b c d", words=3, at_least=2, single_spaces=True) == ["a  b", "c d"]
+    assert text.chunks("a b", words=3, at_least=3, single_spaces=True) == []

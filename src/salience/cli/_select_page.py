@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from salience.data.proof import Proof
     from salience.data.text_selection import TextSelection
 
 _SOURCES = 20
@@ -16,7 +17,7 @@ def write_page(result: TextSelection, path: Path) -> None:
     from salience import report
     from salience.report import figures
 
-    blocks = []
+    blocks: list[Any] = []
     proof = result.proof
     if proof is None:
         blocks.append(report.verdict("not measured", "; ".join(result.warnings) or "nothing was held out", None))
@@ -36,7 +37,7 @@ def write_page(result: TextSelection, path: Path) -> None:
         )
     )
     if proof is not None:
-        blocks += _proof(report, figures, result)
+        blocks += _proof(report, figures, result.method, proof)
     blocks += [
         report.heading("Weights"),
         report.figure(
@@ -66,8 +67,7 @@ def _axis(result: TextSelection) -> str:
     return axes.get(result.method, "log importance weight")
 
 
-def _proof(report, figures, result: TextSelection) -> list:
-    proof = result.proof
+def _proof(report, figures, method: str, proof: Proof) -> list:
     rows = [
         (item.measure, item.baseline, item.chosen, item.other, item.difference, f"{item.low:+.4f} … {item.high:+.4f}")
         for item in proof.comparisons
@@ -83,11 +83,11 @@ def _proof(report, figures, result: TextSelection) -> list:
                 [(item.low, item.high) for item in proof.comparisons],
                 xlabel="better by (nats per n-gram, bits per byte)",
             ),
-            f"How much better {result.method} is than each baseline of equal size on {proof.documents} held-out "
+            f"How much better {method} is than each baseline of equal size on {proof.documents} held-out "
             "documents, with 95 % intervals; right of 0 is better.",
         ),
         report.table(
-            ("measure", "against", result.method, "baseline", "better by", "95 % interval"),
+            ("measure", "against", method, "baseline", "better by", "95 % interval"),
             rows,
             f"Random is the mean of three draws for the KL reduction (spread {proof.random_spread:.4f}). Each byte "
             f"model was trained on {proof.model_bytes:,} bytes.",

@@ -69,7 +69,7 @@ class Texts:
 
 
 class Sample(Texts):
-    """The documents with the smallest keys: with random keys a uniform sample, whatever order and batches they come in."""
+    """The documents with the smallest keys: of random keys a uniform sample, whatever order they come in."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -150,8 +150,9 @@ class Proof:
         kl, bits = (item for item in self.comparisons if item.baseline == "random")
         figures = (
             f"KL reduction {kl.chosen:+.3f} against {kl.other:+.3f} for random of equal size (difference "
-            f"{kl.difference:+.3f}, 95 % interval {kl.low:+.3f} to {kl.high:+.3f}); byte model {bits.chosen:.3f} against "
-            f"{bits.other:.3f} bits per byte (saves {bits.difference:+.3f}, {bits.low:+.3f} to {bits.high:+.3f})"
+            f"{kl.difference:+.3f}, 95 % interval {kl.low:+.3f} to {kl.high:+.3f}); byte "
+            f"model {bits.chosen:.3f} against {bits.other:.3f} bits per byte (saves {bits.difference:+.3f}, "
+            f"{bits.low:+.3f} to {bits.high:+.3f})"
         )
         if self.better:
             return f"closer to your held-out target than random: {figures}"
@@ -228,24 +229,18 @@ def _bits_shares(texts: list[str], training: dict[str, list[str]]) -> tuple[dict
     size = min(MODEL_BYTES, *map(len, joined.values()))
     if not size:
         raise InputError("a selection holds no text to train on")
-    return {
-        name: _shares(ByteNgram().fit([text[:size]]).bits(encoded), lengths) for name, text in joined.items()
-    }, size
+    return {name: _shares(ByteNgram().fit([text[:size]]).bits(encoded), lengths) for name, text in joined.items()}, size
 
 
 def _shares(sums: Float[np.ndarray, " n"], lengths: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Values per document whose mean is ``sum(sums) / sum(lengths)`` and whose spread is that ratio's (delta method)."""
+    """Values per document with the mean ``sum(sums) / sum(lengths)`` and that ratio's spread (delta method)."""
     ratio = sums.sum() / lengths.sum()
     return ratio + (sums - ratio * lengths) / lengths.mean()
 
 
-def _compare(
-    measure: str, baseline: str, chosen: np.ndarray, other: np.ndarray, sign: int, seed: int
-) -> Comparison:
+def _compare(measure: str, baseline: str, chosen: np.ndarray, other: np.ndarray, sign: int, seed: int) -> Comparison:
     found = paired_difference(sign * chosen, sign * other, random_state=seed)
-    return Comparison(
-        measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high
-    )
+    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high)
 
 
 def _within(texts: list[str], budget: int) -> list[str]:

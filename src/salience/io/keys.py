@@ -36,8 +36,8 @@ def uniform(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"
         state = _mix(np.uint64(int(seed) & _MASK) + _mix(np.uint64(key_of(purpose))))
         state = _mix(state ^ np.uint64(file_id))
         drawn = _mix(state ^ _mix(np.asarray(rows).astype(np.uint64)))
-    drawn = ((drawn >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
-    return np.minimum(drawn, np.nextafter(1.0, 0.0))  # the largest would round to 1
+    unit = (np.asarray(drawn >> np.uint64(11), dtype=np.float64) + 0.5) / 2.0**53
+    return np.minimum(unit, np.nextafter(1.0, 0.0))  # the largest would round to 1
 
 
 def gumbel(seed: int, purpose: str, file_id: int, rows: Int[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:

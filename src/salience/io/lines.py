@@ -41,12 +41,12 @@ class Bad(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """The records of a block: which are good (`index`), their texts, all their columns, and the others.
+    """The records of a block: which are good (`kept`), their texts, all their columns, and the others.
 
     `table` holds all columns of the good records where the format has columns (CSV), else None.
     """
 
-    index: Int[np.ndarray, " good"]
+    kept: Int[np.ndarray, " good"]
     text: pa.Array
     table: pa.Table | None
     blank: int

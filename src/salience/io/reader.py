@@ -124,12 +124,12 @@ def _read_lines(corpus: Corpus, unit: Unit, wanted: np.ndarray | None) -> Iterat
                 parsed = lines.parse_csv(block, starts, stops, corpus.text, names)
             else:
                 parsed = lines.parse_txt(block, starts, stops)
-            rows = numbers[parsed.index]
+            rows = numbers[parsed.kept]
             bad = [
                 lines.Bad(offset + int(starts[i]), reason, block[starts[i] : stops[i]][: 1 << 16])
                 for i, reason in parsed.bad
             ]
-            raw = block, starts[parsed.index], stops[parsed.index]
+            raw = block, starts[parsed.kept], stops[parsed.kept]
             yield Batch(source, rows, parsed.text, raw, parsed.table, parsed.blank, bad + splitter.too_long)
             splitter.too_long = []
         if splitter.too_long:

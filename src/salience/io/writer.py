@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -162,10 +162,10 @@ class RecordWriter:
         if self._format != "jsonl" and others:
             raise InputError(f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl")
         self._path, self._name = path, name
-        self._parquet: pq.ParquetWriter | None = None
+        self._parquet: Any = None  # a ParquetWriter from the first table on
         self._waiting: list[pa.Table] = []  # for the next row group, of
         self._held = 0  # bytes
-        self._stream: BinaryIO | None = None
+        self._stream: Any = None  # of a line format
         if self._format != "parquet":
             raw = pa.OSFile(str(path), "wb")
             self._stream = pa.CompressedOutputStream(raw, compression) if compression else raw

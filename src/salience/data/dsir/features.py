@@ -237,7 +237,7 @@ def _tokens(data, here, stop, characters, low, keys, ends):
 
     Writes the tokens 1..count, each after a space, into `low`; token t is ``low[ends[t - 1] + 1 : ends[t]]``, and
     `keys[t]` its FNV-1a fingerprint. Where a token ends cannot be predicted, so nothing branches on it: slots are
-    written again and again until the next token begins. Gives the count, or -1 where Σ or İ ask for Python's `str.lower`.
+    written again and again until the next token begins. Gives the count, or -1 where Σ or İ need `str.lower`.
     """
     count, end, current, key = 0, 0, np.uint32(_SPACE), np.uint64(0)
     ends[0] = 0
@@ -247,7 +247,7 @@ def _tokens(data, here, stop, characters, low, keys, ends):
             entry, width = characters[byte], 1
         else:
             point, width = _decode(data, here)
-            if point == _SIGMA or point == _DOTTED_I:
+            if point in (_SIGMA, _DOTTED_I):
                 return -1
             entry = characters[point]
         here += width
@@ -330,7 +330,8 @@ def _hash_ngrams(
                 else:
                     slot = gram >> memo_shift
                     if memo_keys[slot] != gram:
-                        memo_buckets[slot] = _sha256_mod(low, ends[token - size - 1] + 1, ends[token], num_buckets, schedule)
+                        start = ends[token - size - 1] + 1
+                        memo_buckets[slot] = _sha256_mod(low, start, ends[token], num_buckets, schedule)
                         memo_keys[slot] = gram
                     ids[written] = memo_buckets[slot]
                 written += 1

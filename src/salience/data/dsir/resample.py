@@ -123,7 +123,11 @@ def take(heaps: Sequence[TopK], counts: Sequence[int]) -> Chosen:
 
 
 def gumbel_topk(
-    logits: Float[np.ndarray, " n"], k: int, *, generator: np.random.Generator, mask: Bool[np.ndarray, " n"] | None = None
+    logits: Float[np.ndarray, " n"],
+    k: int,
+    *,
+    generator: np.random.Generator,
+    mask: Bool[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, " k"]:
     """Draw k of n items without replacement with probability proportional to ``exp(logits)``.
 
@@ -161,5 +165,3 @@ def check_count(k: int, eligible: int, hint: str = "") -> None:
         raise InputError(f"count must be at least 1, not {k}")
     if k > eligible:
         raise InputError(f"count {k} is more than the {eligible} eligible documents{hint}")
-
-

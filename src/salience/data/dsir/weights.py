@@ -131,7 +131,9 @@ class DSIR(BaseEstimator):
         pooled = not (self.separate_targets and isinstance(targets, list | tuple))
         corpora = [as_corpus(target) for target in ([targets] if pooled else targets)]
         self.check(len(corpora))
-        raw_counts = count_ngrams(raw, self.featurizer(), self.ngram_limit(raw), self.max_bad, self.workers, "raw corpus")
+        raw_counts = count_ngrams(
+            raw, self.featurizer(), self.ngram_limit(raw), self.max_bad, self.workers, "raw corpus"
+        )
         target_counts = [
             count_ngrams(
                 target, self.featurizer(), self.ngram_limit(target) if self.separate_targets else None, self.max_bad,
@@ -383,5 +385,3 @@ def kl_reduction(
             raise InputError(f"{name} holds no n-gram")
     gain = log_ratio(np.asarray(selected, np.float64), np.asarray(raw))
     return float((rows / rows.sum(1, keepdims=True) @ gain).mean())
-
-
