@@ -41,7 +41,7 @@ class ParamSelection:
 
     which: str
     names: tuple[str, ...]
-    masks: dict[str, Bool[Tensor, "*shape"]]
+    masks: dict[str, Bool[Tensor, "*_"]]
     count: int
     shortfall: dict[str, int]
 
