@@ -65,7 +65,9 @@ def ours(raw: Path, target: Path, out: Path, count: int, hash: str) -> float:
     """Seconds that one selection takes, from opening the files to the finished output."""
     began = time.perf_counter()
     model = DSIR(hash=hash, workers=1)
-    select_text(Corpus(str(raw)), [Corpus(str(target))], out, count=count, model=model, top_k=True, hold_out=0, overwrite=True)
+    select_text(
+        Corpus(str(raw)), [Corpus(str(target))], out, count=count, model=model, top_k=True, hold_out=0, overwrite=True
+    )
     return time.perf_counter() - began
 
 
@@ -107,7 +109,9 @@ def main() -> None:
         texts = [batch.text for unit in Corpus(str(raw)).units for batch in read(Corpus(str(raw)), unit)]
         rounds: list[dict[str, float]] = []
         for number in range(options.rounds + 1):  # the first one compiles and warms the cache; it is not counted
-            seconds = {hash: ours(raw, target, folder / f"{hash}.jsonl", options.count, hash) for hash in ("fast", "sha256")}
+            seconds = {
+                hash: ours(raw, target, folder / f"{hash}.jsonl", options.count, hash) for hash in ("fast", "sha256")
+            }
             seconds["peer"] = peer(python, raw, target, folder / f"peer{number}", options.count)
             began = time.perf_counter()
             for text in texts:

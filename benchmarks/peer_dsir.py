@@ -24,7 +24,11 @@ def main(raw: str, target: str, folder: str, count: int) -> None:
     done = time.perf_counter()
     np.save(f"{folder}/log_weights.npy", np.load(f"{folder}/cache/log_importance_weights/0.npy"))
     np.save(f"{folder}/log_diff.npy", dsir.log_diff)
-    print(json.dumps({"fit": fitted - began, "weigh": weighed - fitted, "resample": done - weighed, "total": done - began}))
+    print(
+        json.dumps(
+            {"fit": fitted - began, "weigh": weighed - fitted, "resample": done - weighed, "total": done - began}
+        )
+    )
     Path(f"{folder}/done").touch()
 
 

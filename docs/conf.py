@@ -52,9 +52,7 @@ def skip(app: Any, what: str, name: str, thing: object, skipped: bool, options: 
     return True if re.fullmatch(r"set_\w+_request", name) else None
 
 
-def set_off_equations(
-    app: Any, what: str, name: str, thing: object, options: object, lines: list[str]
-) -> None:
+def set_off_equations(app: Any, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
     """Show the indented lines above a docstring's first section, where equations stand, as they are typed."""
     sections = (row - 1 for row, line in enumerate(lines) if row and re.fullmatch(r"-{3,}", line.strip()))
     for row in range(next(sections, len(lines)) - 1, 1, -1):

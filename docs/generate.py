@@ -230,9 +230,7 @@ def write(folder: Path = DOCS / "_generated") -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the script; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--readme", action="store_true", help="rewrite the table of papers in README.md")
     which.add_argument("--check", action="store_true", help="exit with 1 when that table is out of date")

@@ -251,9 +251,7 @@ def test_find_by_unit() -> None:
     everywhere, tokens = papers.find("text"), papers.find("text", unit="token")
     assert tokens == [paper for paper in everywhere if paper.unit == "token"]
     assert 0 < len(tokens) < len(everywhere)
-    with pytest.raises(
-        InputError, match=r"unit='tokn' is not a unit of the catalogue; nearest names: 'token'"
-    ):
+    with pytest.raises(InputError, match=r"unit='tokn' is not a unit of the catalogue; nearest names: 'token'"):
         papers.find("text", unit="tokn")
 
 

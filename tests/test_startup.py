@@ -25,9 +25,7 @@ def test_the_probe_sees_a_heavy_package() -> None:
     assert "sklearn" in loaded_by("import sklearn")
 
 
-@pytest.mark.parametrize(
-    "statement", ["import salience", "import salience.cli", "import salience.evidence.store"]
-)
+@pytest.mark.parametrize("statement", ["import salience", "import salience.cli", "import salience.evidence.store"])
 def test_imports_are_light(statement: str) -> None:
     assert loaded_by(statement) == "loaded:"
 

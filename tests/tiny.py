@@ -93,9 +93,7 @@ def build(family: str) -> nn.Module:
         )  # fmt: skip
         model = t.ViTForImageClassification(config)
     elif family == "resnet":
-        config = t.ResNetConfig(
-            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
-        )
+        config = t.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
         model = t.ResNetForImageClassification(config)
         for name, buffer in model.named_buffers():  # running statistics that a lost buffer would betray
             if name.endswith("running_mean"):

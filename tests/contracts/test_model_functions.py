@@ -104,9 +104,7 @@ def state(model: nn.Module) -> dict[str, Any]:
             name: (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
             for name, module in model.named_modules()
         },
-        "parameter hooks": {
-            name: len(parameter._backward_hooks or ()) for name, parameter in model.named_parameters()
-        },
+        "parameter hooks": {name: len(parameter._backward_hooks or ()) for name, parameter in model.named_parameters()},
         "grad mode": torch.is_grad_enabled(),
         "random state": torch.get_rng_state(),
     }

@@ -98,9 +98,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scripts = house / "reproductions"
     scripts.mkdir()
     for name, body in BODIES.items():
-        (scripts / f"toy_{name}.py").write_text(
-            HEAD + textwrap.indent(textwrap.dedent(body).strip(), "    ") + "\n"
-        )
+        (scripts / f"toy_{name}.py").write_text(HEAD + textwrap.indent(textwrap.dedent(body).strip(), "    ") + "\n")
     catalogue = "".join(
         CATALOGUE.format(
             name=name,

@@ -68,9 +68,7 @@ def test_reproduce_json_is_clean_though_the_script_prints(
     house: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # capfd: the script's own output arrives at the file descriptors
-    assert (
-        salience("reproduce", "toy-print", "toy-plan", "--seed", "11", "--json", monkeypatch=monkeypatch) == 0
-    )
+    assert salience("reproduce", "toy-print", "toy-plan", "--seed", "11", "--json", monkeypatch=monkeypatch) == 0
     printed = capfd.readouterr()
     assert "{not json" in printed.err
     data = json.loads(printed.out)

@@ -95,9 +95,7 @@ def test_outcome_refuses(changed: dict[str, Any], said: str) -> None:
 
 
 def test_outcome_takes_a_reason_for_no_control_and_plain_floats_of_numpy_numbers() -> None:
-    made = outcome(
-        figures={"gain": np.float32(0.5), "random": np.int64(1)}, controls=[NoControl("no scores")]
-    )
+    made = outcome(figures={"gain": np.float32(0.5), "random": np.int64(1)}, controls=[NoControl("no scores")])
     assert made.figures == {"gain": 0.5, "random": 1.0}
     assert all(type(value) is float for value in made.figures.values())
     with pytest.raises(InputError, match="reason"):
@@ -124,10 +122,7 @@ def test_a_control_misses_only_through_what_was_measured_for_it(toy_outcome: Toy
     # NaN is no measurement, so it is no miss
     assert not judge(toy_outcome(fake=math.nan), master=True).shown
     # the p-value of the control is not given, so the missed p-value of the method is no miss of the control
-    assert (
-        "the fake control 'lexical' meets every bar"
-        in judge(toy_outcome(p_value=0.5, fake=0.6), True).reasons
-    )
+    assert "the fake control 'lexical' meets every bar" in judge(toy_outcome(p_value=0.5, fake=0.6), True).reasons
     # a baseline that a control replaces counts as measured
     bars, figures = [Bar("gain", above="random")], {"gain": 0.6, "random": 0.25}
     assert not Control("x", "fake", {"random": 0.7}).passes(bars, figures)

@@ -38,24 +38,19 @@ def test_the_same_seeds_give_the_same_figures(house: Path, tmp_path: Path) -> No
 def test_what_fails_fails_alone(house: Path, tmp_path: Path) -> None:
     slugs = [f"toy-{name}" for name in ("pass", "miss", "crash", "exit", "die", "print", "extra", "wrong")]
     seen = []
-    result = reproduce(
-        slugs, [11, 12], jobs=2, out=tmp_path, on_done=lambda evidence: seen.append(evidence.slug)
-    )
+    result = reproduce(slugs, [11, 12], jobs=2, out=tmp_path, on_done=lambda evidence: seen.append(evidence.slug))
     assert sorted(seen) == sorted(slugs)
     shown = {slug: evidence.verdict.shown for slug, evidence in result.done.items()}
     assert shown == {slug: slug in ("toy-pass", "toy-print") for slug in slugs}
 
     crash = result.done["toy-crash"].runs[11]
     assert crash.error == "RuntimeError: boom"
-    assert (
-        crash.traceback is not None and "toy_crash.py" in crash.traceback and 'File "/' not in crash.traceback
-    )
+    assert crash.traceback is not None and "toy_crash.py" in crash.traceback and 'File "/' not in crash.traceback
     assert "SystemExit" in (result.done["toy-exit"].runs[12].error or "")
     assert "must return an Outcome" in (result.done["toy-wrong"].runs[11].error or "")
     die = result.done["toy-die"].runs
     assert (
-        die[11].outcome is not None
-        and die[12].error == "the process ended with exit code 7 before this seed was done"
+        die[11].outcome is not None and die[12].error == "the process ended with exit code 7 before this seed was done"
     )
     assert "seed 12: missed: gain >= 0.5 and > random" in result.done["toy-miss"].verdict.reasons
     assert "boom" in (tmp_path / "toy-crash.html").read_text()
@@ -74,10 +69,7 @@ def test_a_missing_extra_is_said_without_a_traceback(house: Path, tmp_path: Path
     script = house / "reproductions" / "toy_extra.py"
     script.write_text("raise ModuleNotFoundError('No module named openai', name='openai')\n")
     run = reproduce(["toy-extra"], [11], out=tmp_path).done["toy-extra"].runs[11]
-    assert (
-        run.error
-        == "toy-extra needs the package 'openai', which is not installed: pip install 'salience[llm]'"
-    )
+    assert run.error == "toy-extra needs the package 'openai', which is not installed: pip install 'salience[llm]'"
     assert run.traceback is None
 
 
@@ -126,9 +118,7 @@ def test_bad_parameters_are_refused_before_anything_runs(house: Path, tmp_path: 
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_an_interrupt_stops_the_children(
-    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_stops_the_children(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "started"
     monkeypatch.setenv("TOY_STARTED", str(started))
 

@@ -34,9 +34,7 @@ def evidence(house: Path, toy_outcome: Toy) -> Made:
 
 
 def test_what_is_written_reads_back(evidence: Made, toy_outcome: Toy, tmp_path: Path) -> None:
-    odd = replace(
-        toy_outcome(gain=math.nan), controls=[NoControl("none exists")], intervals={"gain": (math.nan, 1.0)}
-    )
+    odd = replace(toy_outcome(gain=math.nan), controls=[NoControl("none exists")], intervals={"gain": (math.nan, 1.0)})
     file = store.write(evidence(toy_outcome(), odd, None), tmp_path)
     back = store.read("toy-pass", tmp_path)
     assert back is not None
@@ -50,9 +48,7 @@ def test_what_is_written_reads_back(evidence: Made, toy_outcome: Toy, tmp_path: 
     assert (tmp_path / "again" / "toy-pass.json").read_bytes() == file.read_bytes()
 
 
-def test_figures_keep_six_digits_and_bars_at_zero_survive(
-    evidence: Made, toy_outcome: Toy, tmp_path: Path
-) -> None:
+def test_figures_keep_six_digits_and_bars_at_zero_survive(evidence: Made, toy_outcome: Toy, tmp_path: Path) -> None:
     outcome = replace(
         toy_outcome(gain=0.123456789), bars=[store.Bar("gain", at_least=0.0), store.Bar("p", at_most=1 / 3)]
     )

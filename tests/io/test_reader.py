@@ -348,7 +348,7 @@ CSV_LINE = st.text(st.sampled_from(['"', ",", "a", "b", " ", "\r", "\t", "\x00"]
 def test_a_csv_block_is_parsed_like_its_records_one_by_one(written: list[str], columns: int) -> None:
     names = ["text", "other"][:columns]
     block = "".join(line + "\n" for line in written).encode()
-    ends, state = lines._record_ends(np.frombuffer(block, np.uint8), True, lines._FIELD)
+    ends, _state = lines._record_ends(np.frombuffer(block, np.uint8), True, lines._FIELD)
     if not len(ends):
         return  # all of it one open quote
     block = block[: ends[-1]]

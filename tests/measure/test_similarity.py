@@ -100,11 +100,7 @@ def test_mmd():
         name: np.exp(-((x[:, None] - y[None]) ** 2).sum(-1) / 2)
         for name, x, y in [("aa", a, a), ("bb", b, b), ("ab", a, b)]
     }
-    expected = (
-        (kernel["aa"].sum() - 40) / (40 * 39)
-        + (kernel["bb"].sum() - 50) / (50 * 49)
-        - 2 * kernel["ab"].mean()
-    )
+    expected = (kernel["aa"].sum() - 40) / (40 * 39) + (kernel["bb"].sum() - 50) / (50 * 49) - 2 * kernel["ab"].mean()
     assert mmd_squared(a, b, bandwidth=1.0) == pytest.approx(expected)
     repeats = [mmd_squared(rng.normal(size=(20, 2)), rng.normal(size=(20, 2))) for _ in range(200)]
     assert abs(np.mean(repeats)) < 0.003  # unbiased: the biased form averages about .05 here

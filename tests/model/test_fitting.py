@@ -27,9 +27,7 @@ class Dropping(nn.Module):
 def trained(seed=0, optimizer=torch.optim.AdamW, network=Dropping, **options):
     torch.manual_seed(5)
     model = network()
-    settings = dict(
-        loss=cross_entropy, epochs=3, batch_size=16, generator=torch.Generator().manual_seed(seed)
-    )
+    settings = dict(loss=cross_entropy, epochs=3, batch_size=16, generator=torch.Generator().manual_seed(seed))
     history = fit(model, X, Y, optimizer=optimizer(model.parameters(), lr=0.01), **(settings | options))
     return model, history
 
@@ -62,9 +60,7 @@ def test_one_full_batch_is_gradient_descent_by_hand():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    history = fit(
-        model, x, y, loss=mse_loss, optimizer=optimizer, epochs=1, batch_size=3, generator=torch.Generator()
-    )
+    history = fit(model, x, y, loss=mse_loss, optimizer=optimizer, epochs=1, batch_size=3, generator=torch.Generator())
     assert model.weight.item() == pytest.approx(2 * 0.01 * (2 + 8 + 18) / 3)
     assert history.loss == [pytest.approx((4 + 16 + 36) / 3)] and history.steps == 1
     assert model.weight.grad is None

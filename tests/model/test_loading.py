@@ -26,9 +26,7 @@ def test_a_directory_gives_back_the_same_model(family, tmp_path):
 
 def test_the_processor_comes_along(tmp_path, tokenizer):
     save("llama", tmp_path / "text", tokenizer)
-    assert (
-        load(tmp_path / "text").processor("what counts")["input_ids"] == tokenizer("what counts")["input_ids"]
-    )
+    assert load(tmp_path / "text").processor("what counts")["input_ids"] == tokenizer("what counts")["input_ids"]
     save("vit", tmp_path / "image")
     settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
     (tmp_path / "image" / "preprocessor_config.json").write_text(json.dumps(settings))

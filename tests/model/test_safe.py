@@ -128,9 +128,7 @@ class Bomb:
         return (open, (self.canary, "w"))
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "m.pt", "m.pkl", "m.ckpt", "m.pt2", "m.joblib", "m.pth"]
-)
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "m.pt", "m.pkl", "m.ckpt", "m.pt2", "m.joblib", "m.pth"])
 def test_pickles_are_refused_unread(name, directory, canary, tmp_path):
     (directory / "model.safetensors").unlink()
     (directory / name).write_bytes(pickle.dumps(Bomb(canary[0])))

@@ -302,8 +302,6 @@ def test_memory_is_that_of_one_shard(tmp_path):
         f"rewrite({str(tmp_path / 'in')!r}, {str(tmp_path / 'out')!r}, lambda n, t: t + 1)\n"
         "print(peak() - before)\n"
     )
-    grown = int(
-        subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout
-    )
+    grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert grown < 96  # MB; all shards together have 192, one with its copies 24
     assert load_file(tmp_path / "out" / "model-00007-of-00024.safetensors")["w7"][0] == 8

@@ -57,9 +57,7 @@ def test_a_token_across_the_seam_belongs_to_the_continuation(tokenizer):
     assert tokenizer(prefix + ends[0])["input_ids"][: len(ids)] != ids  # " cat" is one token
     spans = span_log_probs(model, tokenizer, prefix, ends)
     for text, span in zip(ends, spans, strict=True):
-        torch.testing.assert_close(
-            span.double(), one_by_one(model, tokenizer, prefix, text), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(span.double(), one_by_one(model, tokenizer, prefix, text), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

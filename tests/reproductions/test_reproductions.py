@@ -30,9 +30,7 @@ def test_it_runs_at_smoke_scale_and_its_controls_miss(slug: str, tmp_path: Path)
         if isinstance(control, evidence.Control):
             assert not control.passes(run.outcome.bars, run.outcome.figures)
             judged = {name for bar in run.outcome.bars for name in (bar.figure, bar.above)}
-            assert any(value == value for name, value in control.figures.items() if name in judged), (
-                control.name
-            )
+            assert any(value == value for name, value in control.figures.items() if name in judged), control.name
 
 
 @pytest.mark.parametrize("slug", READY)

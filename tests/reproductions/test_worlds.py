@@ -21,9 +21,7 @@ def test_digits_split():
     split, again, other = digits.split(11), digits.split(11), digits.split(12)
     assert split.train_x.shape == (1257, 1, 8, 8) and split.test_x.shape == (540, 1, 8, 8)
     assert split.train_x.dtype == np.float32 and split.train_y.dtype == np.int64
-    assert split.train_x.mean() == pytest.approx(0, abs=1e-5) and split.train_x.std() == pytest.approx(
-        1, abs=1e-5
-    )
+    assert split.train_x.mean() == pytest.approx(0, abs=1e-5) and split.train_x.std() == pytest.approx(1, abs=1e-5)
     assert abs(split.test_x.mean()) < 0.05  # standardised by the training part, so not exactly 0
     assert split.test_x.mean() != pytest.approx(0, abs=1e-5)
     shares = np.bincount(split.train_y) / len(split.train_y) - np.bincount(split.test_y) / len(split.test_y)
@@ -90,9 +88,7 @@ def test_scenes_by_seed_and_part():
     assert (train.images - clean).std() == pytest.approx(0.05, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "options", [{"part": "valid"}, {"size": 14}, {"size": 33}, {"noise": -1.0}, {"count": 0}]
-)
+@pytest.mark.parametrize("options", [{"part": "valid"}, {"size": 14}, {"size": 33}, {"noise": -1.0}, {"count": 0}])
 def test_scenes_bad_input(options):
     with pytest.raises(InputError, match=next(iter(options))):
         canvas.scenes(**{"count": 1, "seed": 0, **options})
@@ -156,7 +152,9 @@ def test_missing_package(name):
 def test_pool_hides_half_of_the_target(monkeypatch):
     corpus = {"aim": [text.Document(f"aim {i}", "aim", "a.py") for i in range(40)]}
     corpus["other"] = [text.Document(f"other {i}", "other", "o.py") for i in range(30)]
-    monkeypatch.setattr(text, "package_corpus", lambda names, single_spaces=False: [d for name in names for d in corpus[name]])
+    monkeypatch.setattr(
+        text, "package_corpus", lambda names, single_spaces=False: [d for name in names for d in corpus[name]]
+    )
     monkeypatch.setattr(text, "source_passages", lambda single_spaces=False: [text.Document("code", "stdlib", "s.py")])
     pool = text.pool(11, "aim", ["aim", "other"])
     assert (len(pool.target), len(pool.held_out), len(pool.raw)) == (10, 10, 20 + 30 + 1)
@@ -194,9 +192,7 @@ def test_planted_signals():
     assert table.codes.dtype == np.int32 and table.kinds.count("signal") == 4
     np.testing.assert_array_equal(columns["xor_a"] ^ columns["xor_b"], label)
     assert mutual_info_score(columns["xor_a"], label) < 1e-4
-    assert mutual_info_score(2 * columns["xor_a"] + columns["xor_b"], label) == pytest.approx(
-        np.log(2), abs=1e-3
-    )
+    assert mutual_info_score(2 * columns["xor_a"] + columns["xor_b"], label) == pytest.approx(np.log(2), abs=1e-3)
     assert np.mean(columns["near_copy"] == label) == pytest.approx(0.95, abs=0.005)
     assert np.mean(columns["weak"] == label) == pytest.approx(0.55, abs=0.01)
     information = rel_entr([0.55, 0.45], 0.5).sum()
@@ -263,9 +259,7 @@ def test_nets_follow_their_seed_and_nothing_else(name):
     torch.manual_seed(1)
     same, other = BUILDERS[name](11), BUILDERS[name](12)
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), same.state_dict().values()))
-    assert any(
-        not torch.equal(a, b) for a, b in zip(first.state_dict().values(), other.state_dict().values())
-    )
+    assert any(not torch.equal(a, b) for a, b in zip(first.state_dict().values(), other.state_dict().values()))
 
 
 def test_nets_shapes():
@@ -320,9 +314,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def same(a, b):
-    return all(
-        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 def test_trained_once(cache):
@@ -377,9 +369,7 @@ def test_tied_weights_stay_tied(cache):
 
 
 def test_failed_training_leaves_nothing(cache, monkeypatch):
-    monkeypatch.setattr(
-        zoo, "save_model", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full"))
-    )
+    monkeypatch.setattr(zoo, "save_model", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         zoo.trained(RECIPE, 11)
     assert list(cache.iterdir()) == []

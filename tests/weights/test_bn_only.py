@@ -123,9 +123,7 @@ def test_masks_follow_the_seed(which: str) -> None:
     model = resnet()
     one, again, other = (select_params(model, which, generator=generator(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one.masks[name], again.masks[name]) for name in one.masks)
-    assert any(
-        not torch.equal(one.masks[name], other.masks[name]) for name in set(one.masks) & set(other.masks)
-    )
+    assert any(not torch.equal(one.masks[name], other.masks[name]) for name in set(one.masks) & set(other.masks))
 
 
 def test_include_and_exclude() -> None:
@@ -197,9 +195,7 @@ def test_the_names_are_those_that_peft_tunes(family: str) -> None:
     model, ours = build(family), set(select_params(build(family), "norm").names)
     config = peft.LNTuningConfig(task_type="CAUSAL_LM")
     tuned = {name for name, p in peft.get_peft_model(model, config).named_parameters() if p.requires_grad}
-    names = {
-        name.removeprefix("base_model.model.").replace("ln_tuning_layers.default.", "") for name in tuned
-    }
+    names = {name.removeprefix("base_model.model.").replace("ln_tuning_layers.default.", "") for name in tuned}
     assert names == ours
 
 
@@ -333,9 +329,7 @@ def test_one_epoch_is_at_the_full_rate() -> None:
     model = resnet()
     chosen = select_params(model, "output")
     before = values(model)
-    train_subset(
-        model, IMAGES, LABELS, chosen, epochs=1, batch_size=48, weight_decay=0.0, generator=generator()
-    )
+    train_subset(model, IMAGES, LABELS, chosen, epochs=1, batch_size=48, weight_decay=0.0, generator=generator())
     twin = resnet().train()
     nn.functional.cross_entropy(twin(IMAGES), LABELS).backward()
     torch.testing.assert_close(model.fc.bias, before["fc.bias"] - 0.1 * twin.fc.bias.grad)
@@ -377,9 +371,7 @@ def test_bad_options_are_named() -> None:
     model = resnet()
     with pytest.raises(InputError, match="generator: which='random' draws at random"):
         select_params(model, "random")
-    with pytest.raises(
-        InputError, match=r"include: no parameter is called 'bn.weigth'; nearest names: 'bn.weight'"
-    ):
+    with pytest.raises(InputError, match=r"include: no parameter is called 'bn.weigth'; nearest names: 'bn.weight'"):
         select_params(model, "bn", include=["bn.weigth"])
     with pytest.raises(InputError, match="exclude: no parameter is called"):
         select_params(model, "bn", exclude=["nothing*"])
@@ -416,7 +408,5 @@ def test_one_value_per_channel_names_the_layer() -> None:
     model = resnet()  # images of 4 x 4 are 1 x 1 in the last segment
     chosen = select_params(model, "bn")
     with pytest.raises(InputError, match=r"layer 'blocks.2.bn1': one value per channel.*\(1, 16, 1, 1\)"):
-        train_subset(
-            model, IMAGES[:, :, :4, :4], LABELS, chosen, epochs=1, batch_size=1, generator=generator()
-        )
+        train_subset(model, IMAGES[:, :, :4, :4], LABELS, chosen, epochs=1, batch_size=1, generator=generator())
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -26,9 +26,7 @@ def test_the_resnet_has_the_shapes_of_the_paper() -> None:
     shapes = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(
-                lambda m, a, out, name=name: shapes.update({name: tuple(out.shape[1:])})
-            )
+            module.register_forward_hook(lambda m, a, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
     assert model(IMAGES).shape == (48, 3)
     assert shapes["conv"] == (8, 8, 8) and shapes["blocks.1.conv2"] == (8, 8, 8)
     assert shapes["blocks.2.conv1"] == shapes["blocks.2.shortcut.0"] == (16, 4, 4)

@@ -31,12 +31,8 @@ _STYLES = {"shown (mechanism)": "green", "shown (claim)": "green", "reproduced":
 
 @app.command("list", epilog="Example: salience papers list selection --unit sample --json")
 def list_papers(
-    query: Annotated[
-        str, typer.Argument(help="Words that must all occur in a paper's row.", show_default=False)
-    ] = "",
-    unit: Annotated[
-        str | None, typer.Option(help="Only papers that weigh this unit, such as sample.")
-    ] = None,
+    query: Annotated[str, typer.Argument(help="Words that must all occur in a paper's row.", show_default=False)] = "",
+    unit: Annotated[str | None, typer.Option(help="Only papers that weigh this unit, such as sample.")] = None,
     state: Annotated[
         str | None,
         typer.Option(help="Only papers in this state; its beginning is enough: shown, stale, not."),
@@ -86,9 +82,7 @@ def show_paper(
         "takes": paper.takes,
         "gives": paper.gives,
         "checked against": paper.fidelity,
-        "install": "pip install salience"
-        if paper.extra == "base"
-        else f"pip install 'salience[{paper.extra}]'",
+        "install": "pip install salience" if paper.extra == "base" else f"pip install 'salience[{paper.extra}]'",
         "in Python": "\n".join("from {} import {}".format(*entry.split(":")) for entry in paper.entry),
         "on the command line": "\n".join(f"salience {command}" for command in paper.commands if paper.entry),
         "reproduce": f"salience reproduce {paper.slug}" if paper.entry else "",

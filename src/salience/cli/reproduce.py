@@ -51,9 +51,7 @@ def reproduce(
     jobs: Annotated[int, typer.Option(min=1, help="How many run at once, each on one thread.")] = 1,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder for outcomes and pages.", show_default="your salience folder"
-        ),
+        typer.Option(metavar="DIR", help="Folder for outcomes and pages.", show_default="your salience folder"),
     ] = None,
     budget: Annotated[
         float | None,

@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         result = _run_seed(args.slug, seed, args.scale, args.data, args.folder, evidence)
         if not pictures and result.outcome is not None:
-            pictures = {
-                f"{caption} (seed {seed})": figure for caption, figure in result.outcome.pictures.items()
-            }
+            pictures = {f"{caption} (seed {seed})": figure for caption, figure in result.outcome.pictures.items()}
         evidence = replace(evidence, runs={**evidence.runs, seed: result}, versions=versions())
         store.write(evidence, args.folder)
     if args.page:

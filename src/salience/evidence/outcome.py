@@ -59,9 +59,7 @@ class Bar:
         if self.at_least is None and self.at_most is None and self.above is None:
             raise InputError(f"the bar on {self.figure!r} has no limit: give at_least, at_most or above")
         if self.above == self.figure:
-            raise InputError(
-                f"the bar on {self.figure!r} compares the figure with itself: name a baseline in 'above'"
-            )
+            raise InputError(f"the bar on {self.figure!r} compares the figure with itself: name a baseline in 'above'")
 
     def holds(self, figures: Mapping[str, float]) -> bool:
         """Whether `figures` meet the bar; a figure or baseline that is missing or not finite never does."""
@@ -181,9 +179,7 @@ class Outcome:
             self._known(bar.figure, f"the bar '{bar}'")
             if bar.above is not None:
                 self._known(bar.above, f"the bar '{bar}'")
-        object.__setattr__(
-            self, "intervals", {n: self._interval(n, *pair) for n, pair in self.intervals.items()}
-        )
+        object.__setattr__(self, "intervals", {n: self._interval(n, *pair) for n, pair in self.intervals.items()})
         self._check_controls()
 
     def _interval(self, name: str, low: float, high: float) -> tuple[float, float]:
@@ -195,9 +191,7 @@ class Outcome:
 
     def _known(self, name: str, where: str) -> None:
         if name not in self.figures:
-            raise InputError(
-                f"{where} names no figure of the outcome: {name!r}; {nearest(name, self.figures)}"
-            )
+            raise InputError(f"{where} names no figure of the outcome: {name!r}; {nearest(name, self.figures)}")
 
     def _check_controls(self) -> None:
         controls = [control for control in self.controls if isinstance(control, Control)]
@@ -270,9 +264,7 @@ def _numbers(figures: Mapping[str, float], owner: str) -> dict[str, float]:
     numbers = {name: _number(value, f"figure {name!r} of {owner}") for name, value in figures.items()}
     for name, value in numbers.items():
         if math.isinf(value):
-            raise InputError(
-                f"figure {name!r} of {owner} is infinite; give a finite number, or NaN where undefined"
-            )
+            raise InputError(f"figure {name!r} of {owner} is infinite; give a finite number, or NaN where undefined")
     return numbers
 
 

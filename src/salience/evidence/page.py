@@ -31,9 +31,7 @@ def write_page(evidence: Evidence, pictures: dict[str, Figure], path: Path) -> N
     claim = evidence.measured[0].claim if evidence.measured else paper.claim
     undecided = evidence.scale == "smoke" and verdict.shown
     blocks: list[Any] = [
-        report.verdict(
-            evidence.label, "; ".join(verdict.reasons) or claim, None if undecided else verdict.shown
-        ),
+        report.verdict(evidence.label, "; ".join(verdict.reasons) or claim, None if undecided else verdict.shown),
         report.text(f"Claim: {claim}. Scale: {evidence.scale}."),
     ]
     if evidence.measured:
@@ -46,7 +44,5 @@ def write_page(evidence: Evidence, pictures: dict[str, Figure], path: Path) -> N
             blocks += [report.heading(f"Seed {seed} failed"), report.code(run.traceback or run.error or "")]
     minutes = [[str(seed), f"{run.minutes:.2f}"] for seed, run in evidence.runs.items()]
     blocks += [report.heading("Runs"), report.table(["seed", "minutes"], minutes)]
-    blocks += [
-        report.table(["package", "version"], [[name, number] for name, number in evidence.versions.items()])
-    ]
+    blocks += [report.table(["package", "version"], [[name, number] for name, number in evidence.versions.items()])]
     report.page(f"{paper.slug}: {paper.title}", blocks, path)

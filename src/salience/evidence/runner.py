@@ -131,9 +131,7 @@ class _Child:
     def __init__(self, paper: Paper, seeds: list[int], scale: Scale, data: Path | None, page: bool) -> None:
         self.paper, self.seeds, self.scale, self.data, self.page = paper, seeds, scale, data, page
         self.source_hash = source_hash(paper)
-        self.scratch = tempfile.TemporaryDirectory(
-            prefix=f"salience-{paper.slug}-", ignore_cleanup_errors=True
-        )
+        self.scratch = tempfile.TemporaryDirectory(prefix=f"salience-{paper.slug}-", ignore_cleanup_errors=True)
         self.folder = Path(self.scratch.name)
         self.started = time.monotonic()
         command = [*_CHILD, paper.slug, str(self.folder), "--scale", scale, "--seeds", *map(str, seeds)]
@@ -182,9 +180,7 @@ def _check(seeds: list[int], scale: Scale, data: Path | None, jobs: int, ours: b
     if data is not None and not data.is_dir():
         raise DataError(f"{data}: not a folder; --data takes the folder that holds the data")
     if ours and scale == "smoke":
-        raise InputError(
-            "a smoke run judges no bar, so it cannot replace salience's own outcomes: give another folder"
-        )
+        raise InputError("a smoke run judges no bar, so it cannot replace salience's own outcomes: give another folder")
 
 
 def _ended(code: int) -> str:

@@ -54,14 +54,10 @@ def script_of(slug: str) -> Path:
 def _files(entry: str) -> Iterator[Path]:
     module, _, name = entry.partition(":")
     parts = module.split(".")
-    if (
-        len(parts) == 2
-    ):  # a room: its table of lazy exports says which module defines the name, without importing it
+    if len(parts) == 2:  # a room: its table of lazy exports says which module defines the name, without importing it
         where = getattr(importlib.import_module(module), "_WHERE", {})
         if name not in where:
-            raise InputError(
-                f"papers.toml has the entry {entry!r}, which the room lacks; {nearest(name, where)}"
-            )
+            raise InputError(f"papers.toml has the entry {entry!r}, which the room lacks; {nearest(name, where)}")
         parts += where[name].split(".")
     place = _ROOT.joinpath(*parts[1:3])
     if place.is_dir():
@@ -88,6 +84,4 @@ def _canonical(node: object) -> str:
     fields = {name: value for name, value in ast.iter_fields(node) if name not in _SAME_PROGRAM}
     if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
-    return (
-        f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in fields.items())})"
-    )
+    return f"{type(node).__name__}({','.join(f'{name}={_canonical(value)}' for name, value in fields.items())})"

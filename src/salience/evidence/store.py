@@ -19,9 +19,7 @@ from salience.papers import Paper
 JUDGING_SEEDS = (11, 12, 13)
 OUTCOMES = Path(__file__).parent / "outcomes"
 
-StateName = Literal[
-    "planned", "implemented", "shown (mechanism)", "shown (claim)", "reproduced", "not shown", "stale"
-]
+StateName = Literal["planned", "implemented", "shown (mechanism)", "shown (claim)", "reproduced", "not shown", "stale"]
 STATES: tuple[StateName, ...] = get_args(StateName)
 _SHOWN: dict[str, StateName] = {
     "mechanism": "shown (mechanism)",
@@ -169,16 +167,10 @@ def read(slug: str, folder: Path) -> Evidence | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise DataError(
-            f"{file}: not JSON ({error}); delete it and run 'salience reproduce {slug}'"
-        ) from None
+        raise DataError(f"{file}: not JSON ({error}); delete it and run 'salience reproduce {slug}'") from None
     try:
-        runs = {
-            int(seed): _run_from(run, data["claim"], data["level"]) for seed, run in data["seeds"].items()
-        }
-        kept = {
-            name: data[name] for name in ("slug", "scale", "master", "versions", "source_hash", "own_data")
-        }
+        runs = {int(seed): _run_from(run, data["claim"], data["level"]) for seed, run in data["seeds"].items()}
+        kept = {name: data[name] for name in ("slug", "scale", "master", "versions", "source_hash", "own_data")}
         return Evidence(runs=runs, **kept)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = error if isinstance(error, SalienceError) else repr(error)

@@ -44,12 +44,7 @@ def remarks(evidence: Evidence) -> list[str]:
     """The notes of the script and its reasons for a missing control, each once."""
     said = [
         *(note for outcome in evidence.measured for note in outcome.notes),
-        *(
-            f"No control: {c.reason}"
-            for o in evidence.measured
-            for c in o.controls
-            if isinstance(c, NoControl)
-        ),
+        *(f"No control: {c.reason}" for o in evidence.measured for c in o.controls if isinstance(c, NoControl)),
     ]
     return list(dict.fromkeys(said))
 
@@ -75,12 +70,8 @@ def _number(value: float | None) -> str:
 def _holds(bar: Bar, evidence: Evidence) -> str:
     if evidence.scale == "smoke":
         return "not judged"
-    judged = {
-        seed: run.outcome for seed, run in evidence.runs.items() if not bar.once or seed == evidence.master
-    }
-    return _yes_or_no(
-        [seed for seed, outcome in judged.items() if not (outcome and bar.holds(outcome.figures))]
-    )
+    judged = {seed: run.outcome for seed, run in evidence.runs.items() if not bar.once or seed == evidence.master}
+    return _yes_or_no([seed for seed, outcome in judged.items() if not (outcome and bar.holds(outcome.figures))])
 
 
 def _misses(name: str, evidence: Evidence) -> str:

@@ -111,8 +111,7 @@ def _rankings(order: ArrayLike) -> Int[np.ndarray, "n units"]:
     ranking = np.asarray(order)
     if ranking.ndim != 2 or ranking.size == 0 or not np.issubdtype(ranking.dtype, np.integer):
         raise InputError(
-            f"order must be a whole-number array of shape (n, units); got shape {ranking.shape}, "
-            f"dtype {ranking.dtype}"
+            f"order must be a whole-number array of shape (n, units); got shape {ranking.shape}, dtype {ranking.dtype}"
         )
     wrong = (np.sort(ranking, axis=1) != np.arange(ranking.shape[1])).any(axis=1)
     if wrong.any():

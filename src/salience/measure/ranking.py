@@ -254,9 +254,7 @@ def _share_in_top(values: np.ndarray, k: int) -> np.ndarray:
     return np.clip((k - first + 1) / (last - first + 1), 0.0, 1.0)
 
 
-def _first_relevant_group(
-    values: np.ndarray, wanted: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _first_relevant_group(values: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the tied group with the best relevant item: items above it, items in it, relevant items in it."""
     best = np.where(wanted, values, -np.inf).max(axis=1, keepdims=True)
     return (values > best).sum(axis=1), (values == best).sum(axis=1), ((values == best) & wanted).sum(axis=1)

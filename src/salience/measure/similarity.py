@@ -77,9 +77,7 @@ def rsa(a: ArrayLike, b: ArrayLike, metric: str = "euclidean") -> float:
     """
     first, second = _representations(a, b)
     if len(first) < 3:
-        raise InputError(
-            f"a and b must hold at least 3 samples, to have distances to compare; got {len(first)}"
-        )
+        raise InputError(f"a and b must hold at least 3 samples, to have distances to compare; got {len(first)}")
     try:
         distances = [pdist(first, metric), pdist(second, metric)]
     except ValueError as error:
@@ -219,9 +217,7 @@ def _broadcastable(first: np.ndarray, second: np.ndarray) -> None:
     else:
         fits = first.ndim > 0 and second.ndim > 0 and first.shape[-1] == second.shape[-1]
     if not fits:
-        raise InputError(
-            f"both arguments must have shapes (..., d) that fit; got {first.shape}, {second.shape}"
-        )
+        raise InputError(f"both arguments must have shapes (..., d) that fit; got {first.shape}, {second.shape}")
 
 
 def _unit_length(name: str, vectors: np.ndarray) -> np.ndarray:

@@ -19,9 +19,7 @@ def layer(model: nn.Module, name: str) -> nn.Module:
     """The sub-module of `model` called `name`; an `InputError` tells the nearest names if there is none."""
     modules = dict(model.named_modules())
     if name not in modules:
-        raise InputError(
-            f"layer: {type(model).__name__} has no layer {name!r}; {nearest(name, filter(None, modules))}"
-        )
+        raise InputError(f"layer: {type(model).__name__} has no layer {name!r}; {nearest(name, filter(None, modules))}")
     return modules[name]
 
 
@@ -40,9 +38,7 @@ def logits_of(output: Any) -> Tensor:
 
 class _Captured(dict[str, Tensor]):
     def __missing__(self, name: str) -> Tensor:
-        raise InputError(
-            f"layer: nothing captured at {name!r}; it was not asked for, or the pass did not reach it"
-        )
+        raise InputError(f"layer: nothing captured at {name!r}; it was not asked for, or the pass did not reach it")
 
 
 @contextmanager

@@ -118,9 +118,7 @@ def _cuttable(batch: Any) -> _Batch:
     """A loader's batch: tensors in any nesting, and lists with one entry per row (texts)."""
 
     def nested(value: Any) -> bool:
-        return isinstance(value, list | tuple) and any(
-            isinstance(v, Tensor | Mapping | list | tuple) for v in value
-        )
+        return isinstance(value, list | tuple) and any(isinstance(v, Tensor | Mapping | list | tuple) for v in value)
 
     def rows(value: Any) -> int:
         if isinstance(value, Mapping):
@@ -158,9 +156,7 @@ def _results(fn: Callable, batches: Iterator[_Batch], count: int | None, progres
                     told = True
 
 
-def _attempt(
-    fn: Callable, take: Callable[[int, int], Any], start: int, stop: int
-) -> tuple[Any, Exception | None]:
+def _attempt(fn: Callable, take: Callable[[int, int], Any], start: int, stop: int) -> tuple[Any, Exception | None]:
     """The result of one batch, or the error if memory ran out."""
     try:
         result = fn(take(start, stop))
@@ -185,13 +181,9 @@ def _checked(result: Any, rows: int) -> Any:
     if isinstance(result, tuple):
         return tuple(_checked(value, rows) for value in result)
     if not isinstance(result, Tensor):
-        raise InputError(
-            f"fn: returned {type(result).__name__}; it must return tensors, or a tuple or dict of them"
-        )
+        raise InputError(f"fn: returned {type(result).__name__}; it must return tensors, or a tuple or dict of them")
     if result.ndim == 0 or len(result) != rows:
-        raise InputError(
-            f"fn: returned shape {tuple(result.shape)} for a batch of {rows} rows; it must keep rows"
-        )
+        raise InputError(f"fn: returned shape {tuple(result.shape)} for a batch of {rows} rows; it must keep rows")
     return result.detach().cpu()
 
 

@@ -75,9 +75,7 @@ def _load_file(file: Path, arch: str | None, dtype: torch.dtype | None) -> nn.Mo
             "where you trust it with safetensors.torch.save_model(network, 'FILE.safetensors')"
         )
     if arch is None:
-        raise InputError(
-            f"arch: {file} holds weights only; name what builds the network, package.module:factory"
-        )
+        raise InputError(f"arch: {file} holds weights only; name what builds the network, package.module:factory")
     check_header(file)
     model = _factory(arch)()
     if not isinstance(model, nn.Module):
@@ -100,9 +98,7 @@ def _factory(arch: str) -> Callable[[], Any]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"arch: cannot import {module_name!r}: {error}; is it installed or on PYTHONPATH?"
-        ) from error
+        raise InputError(f"arch: cannot import {module_name!r}: {error}; is it installed or on PYTHONPATH?") from error
     if not callable(getattr(module, name, None)):
         names = [n for n in dir(module) if callable(getattr(module, n)) and not n.startswith("_")]
         raise InputError(f"arch: {module_name} has no function {name!r}; {nearest(name, names)}")
@@ -147,9 +143,7 @@ def _load_processor(root: Path) -> Any:
     if not any((root / name).is_file() for name in _PROCESSOR_FILES):
         return None
     try:
-        return transformers.AutoProcessor.from_pretrained(
-            root, trust_remote_code=False, local_files_only=True
-        )
+        return transformers.AutoProcessor.from_pretrained(root, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise DataError(f"{root}: the model is fine, its tokenizer or processor is not: {error}") from error
 

@@ -112,18 +112,14 @@ def _check_link(link: Path, root: Path) -> None:
     # A Hugging Face cache keeps contents in models--OWNER--NAME/blobs and links from snapshots/REVISION.
     in_cache = root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
     if not (target.is_relative_to(root) or in_cache):
-        raise DataError(
-            f"{link}: a link to {target}, outside the model directory; copy the file in its place"
-        )
+        raise DataError(f"{link}: a link to {target}, outside the model directory; copy the file in its place")
     if not (target.is_dir() or target.is_file()):
         raise DataError(f"{link}: a link to {target}, which is not there or is no file")
 
 
 def _check_json(file: Path) -> None:
     if file.stat().st_size > MAX_JSON_BYTES:
-        raise DataError(
-            f"{file}: JSON of more than {MAX_JSON_BYTES} bytes; no model configuration is that large"
-        )
+        raise DataError(f"{file}: JSON of more than {MAX_JSON_BYTES} bytes; no model configuration is that large")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except RecursionError:
@@ -154,9 +150,7 @@ def _check_entry(file: Path, where: str, key: str, value: object) -> None:
     """Refuse one `key: value` of a configuration if it can make a loader run foreign code."""
     refusal = ""
     if key in ("auto_map", "custom_pipeline", "custom_pipelines") and value:
-        refusal = (
-            "names code to run, and salience runs none; if your library has this model built in, delete it"
-        )
+        refusal = "names code to run, and salience runs none; if your library has this model built in, delete it"
     elif key == "trust_remote_code" and value:
         refusal = "lets the directory trust itself; delete it"
     elif key.lstrip("_").startswith("attn_implementation"):

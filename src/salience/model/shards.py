@@ -120,9 +120,7 @@ def _check_output(source: Path, out: Path, overwrite: bool) -> None:
         raise InputError(f"out_dir: {out} is not a model directory, so it is not overwritten")
 
 
-def _finished(
-    partial: Path, source: Path, fingerprint: str, overwrite: bool, resume: bool
-) -> dict[str, list[str]]:
+def _finished(partial: Path, source: Path, fingerprint: str, overwrite: bool, resume: bool) -> dict[str, list[str]]:
     """Finished shards of an interrupted run, with hashes of what was read and written; makes `partial`."""
     if partial.exists() and not (resume or overwrite):
         raise InputError(
@@ -166,14 +164,10 @@ def _rewritten(name: str, tensor: Tensor, tensor_fn: Callable[[str, Tensor], Ten
         new = tensor_fn(name, tensor)
     if not isinstance(new, Tensor) or new.shape != shape:
         came = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
-        raise InputError(
-            f"tensor_fn: returned {came} for {name!r}; it must return a tensor of {tuple(shape)}"
-        )
+        raise InputError(f"tensor_fn: returned {came} for {name!r}; it must return a tensor of {tuple(shape)}")
     new = new.detach().to("cpu", dtype).contiguous()
     if (new.is_floating_point() or new.is_complex()) and not torch.isfinite(new).all():
-        raise DataError(
-            f"tensor_fn: {name!r} is not finite after it (NaN, infinite, or too large for {dtype})"
-        )
+        raise DataError(f"tensor_fn: {name!r} is not finite after it (NaN, infinite, or too large for {dtype})")
     return new
 
 

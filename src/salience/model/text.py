@@ -75,9 +75,7 @@ def span_log_probs(
         def log_probs(batch: list[list[int]]) -> Tensor:
             tails = [torch.tensor(row[shared:]) for row in batch]
             ids = pad_sequence(tails, batch_first=True).to(device)
-            mask = pad_sequence(
-                [torch.ones(shared + len(t), dtype=torch.long) for t in tails], batch_first=True
-            )
+            mask = pad_sequence([torch.ones(shared + len(t), dtype=torch.long) for t in tails], batch_first=True)
             kwargs = {} if cache is None else {_cache_name(model): copy.deepcopy(cache)}
             for own in kwargs.values():  # a pass writes to its cache, so each batch has a copy
                 own.batch_repeat_interleave(len(batch))
@@ -176,9 +174,7 @@ def _tokenise(tokenizer: Any, prefix: str, continuations: Sequence[str]) -> tupl
         if not inside:
             raise DataError(f"continuations: number {i}, {text[:40]!r}, has no token")
         if inside[0] == 0:
-            raise InputError(
-                "prefix: is empty and the tokenizer begins with no token of its own; give a prefix"
-            )
+            raise InputError("prefix: is empty and the tokenizer begins with no token of its own; give a prefix")
         rows.append(ids[: inside[-1] + 1])  # without a special token that ends the text
         starts.append(inside[0])
     return rows, starts

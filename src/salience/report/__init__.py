@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "page": "render",
-    **dict.fromkeys(
-        ("code", "documents", "facts", "figure", "heading", "table", "text", "verdict"), "blocks"
-    ),
+    **dict.fromkeys(("code", "documents", "facts", "figure", "heading", "table", "text", "verdict"), "blocks"),
 }
 __all__ = ["code", "documents", "facts", "figure", "heading", "page", "table", "text", "verdict"]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -150,16 +150,12 @@ def table(
     cells = [tuple(row) for row in rows]
     for number, row in enumerate(cells):
         if len(row) != len(columns):
-            raise InputError(
-                f"row {number} of the table has {len(row)} cells; there are {len(columns)} columns"
-            )
+            raise InputError(f"row {number} of the table has {len(row)} cells; there are {len(columns)} columns")
     if align is None:
         numeric = [all(_is_number(row[i]) or row[i] is None for row in cells) for i in range(len(columns))]
         align = ["right" if cells and right else "left" for right in numeric]
     if len(align) != len(columns) or not set(align) <= {"left", "right"}:
-        raise InputError(
-            f"align is {list(align)!r}; give 'left' or 'right' for each of the {len(columns)} columns"
-        )
+        raise InputError(f"align is {list(align)!r}; give 'left' or 'right' for each of the {len(columns)} columns")
     shown = tuple(tuple(map(_shown, row)) for row in cells)
     return Table(tuple(map(str, columns)), shown, tuple(align), str(caption or ""))
 
@@ -207,9 +203,7 @@ def figure(
     if isinstance(draw, Figure):
         return Picture(*words, light=ready(draw))
     if not callable(draw):
-        raise InputError(
-            f"draw is a {type(draw).__name__}; give a matplotlib Figure or a function of the axes"
-        )
+        raise InputError(f"draw is a {type(draw).__name__}; give a matplotlib Figure or a function of the axes")
     if not 0 < height < math.inf:
         raise InputError(f"height is {height!r}; give a positive number of inches")
     return Picture(*words, **variants(draw, height))

@@ -184,9 +184,7 @@ def curve(
     _same_length("x", x, **{f"series {name!r}": values for name, values in series.items()})
     stray = [name for name in bands or {} if name not in series]
     if stray or not series:
-        raise InputError(
-            f"bands name no series: {stray}; there are: {list(series)}" if stray else "series is empty"
-        )
+        raise InputError(f"bands name no series: {stray}; there are: {list(series)}" if stray else "series is empty")
     for number, (name, values) in enumerate(series.items()):
         style = _LINES[number % len(_LINES)]
         ax.plot(x, values, color=f"C{number}", linestyle=style, label=_label(name, ax))
@@ -197,9 +195,7 @@ def curve(
     _finish(ax, xlabel, ylabel, legend=len(series) > 1)
 
 
-def heat(
-    ax: Axes, matrix: Float[ndarray, "rows columns"], rows: Sequence[str], columns: Sequence[str]
-) -> None:
+def heat(ax: Axes, matrix: Float[ndarray, "rows columns"], rows: Sequence[str], columns: Sequence[str]) -> None:
     """A matrix as colours with a scale beside it; cells that have room for it also carry their figure.
 
     Parameters
@@ -278,13 +274,7 @@ def _binned(name: str, pair: Binned) -> tuple[Float[ndarray, " b"], Float[ndarra
         raise InputError(f"series {name!r} is a tuple of {len(pair)}; give an array, or (counts, edges)")
     counts, edges = (np.asarray(part, dtype=np.float64) for part in pair)
     rising = edges.ndim == 1 and bool((np.diff(edges) > 0).all())
-    if (
-        counts.ndim != 1
-        or not rising
-        or len(edges) != len(counts) + 1
-        or (counts < 0).any()
-        or not counts.sum() > 0
-    ):
+    if counts.ndim != 1 or not rising or len(edges) != len(counts) + 1 or (counts < 0).any() or not counts.sum() > 0:
         raise InputError(
             f"series {name!r}: {counts.shape} counts and {edges.shape} edges do not make a histogram; "
             "give counts >= 0, not all zero, and one more edge than counts, rising"
@@ -292,9 +282,7 @@ def _binned(name: str, pair: Binned) -> tuple[Float[ndarray, " b"], Float[ndarra
     return counts, edges
 
 
-def _same_length(
-    of: str, reference: Sequence[object] | ndarray, **others: Sequence[object] | ndarray | None
-) -> None:
+def _same_length(of: str, reference: Sequence[object] | ndarray, **others: Sequence[object] | ndarray | None) -> None:
     if not len(reference):
         raise InputError(f"{of} is empty: there is nothing to draw")
     for name, values in others.items():

@@ -30,9 +30,7 @@ _HIDDEN = re.compile(
 )
 
 
-def page(
-    title: str, blocks: Sequence[Block], path: str | Path | None = None, subtitle: str | None = None
-) -> str:
+def page(title: str, blocks: Sequence[Block], path: str | Path | None = None, subtitle: str | None = None) -> str:
     """Render blocks into a self-contained HTML page, light or dark as the reader's system says.
 
     Parameters

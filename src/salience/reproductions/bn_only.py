@@ -112,9 +112,7 @@ def reproduce(run: Run) -> Outcome:
     for seed in run.replicate_seeds(2) if run.master and not full else ():
         again = replace(run, seed=seed)
         fresh = _images(again)
-        replicates.append(
-            accuracies(again, fresh, {name: train(again, fresh, setting, name) for name in JUDGED})
-        )
+        replicates.append(accuracies(again, fresh, {name: train(again, fresh, setting, name) for name in JUDGED}))
     run.step("measuring")
     zeroed, others = copy.deepcopy(bn.model), copy.deepcopy(bn.model)
     small = zero_small_gammas(zeroed)
@@ -226,9 +224,7 @@ def changed_by_decay(run: Run, images: Images, setting: Setting, naive: bool) ->
         fit(model, images.train_x, images.train_y, loss=cross_entropy, optimizer=optimizer, epochs=1,
             generator=batches, batch_size=size)  # fmt: skip
     else:
-        train_subset(
-            model, images.train_x, images.train_y, chosen, epochs=1, batch_size=size, generator=batches
-        )
+        train_subset(model, images.train_x, images.train_y, chosen, epochs=1, batch_size=size, generator=batches)
     return changed_entries(before, model, chosen)
 
 

@@ -1,5 +1,5 @@
-"""Claim: text that DSIR selects is closer to held-out target text than what random and heuristic selection of equal size
-pick, and KL reduction tells in advance how well a language model trained on a selection will do.
+"""Claim: text that DSIR selects is closer to held-out target text than what random and heuristic selection of equal
+size pick, and KL reduction tells in advance how well a language model trained on a selection will do.
 
 Substitute for the paper's Pile and GLUE: 128-word chunks of the standard library's source and of docstrings, one
 package's docstrings the target; a byte n-gram model for BERT. Headline of the paper: GLUE 82.30 (DSIR) against 80.25
@@ -98,8 +98,8 @@ def reproduce(run: Run) -> Outcome:
         intervals=intervals,
         pictures={"KL reduction and bits per byte of each selection": _picture(proof)},
         notes=[
-            "The bar against heuristic classification is on the paper's fastText recipe. The same linear classifier fitted "
-            "to convergence ('logistic') is a stronger baseline than the paper's, and is reported beside it.",
+            "The bar against heuristic classification is on the paper's fastText recipe. The same linear classifier "
+            "fitted to convergence ('logistic') is a stronger baseline than the paper's, and is reported beside it.",
             "Chunks are cut at single spaces, as in the paper's pipeline; KL is per hashed n-gram, in nats.",
         ],
     )  # fmt: skip

@@ -67,9 +67,7 @@ class Scenes:
         pixel = np.arange(self.images.shape[-1])
         right, bottom = pixel >= x0 + _SIDE // 2, pixel >= y0 + _SIDE // 2
         quarters = [
-            rows[..., :, None] & columns[..., None, :]
-            for rows in (~bottom, bottom)
-            for columns in (~right, right)
+            rows[..., :, None] & columns[..., None, :] for rows in (~bottom, bottom) for columns in (~right, right)
         ]
         return np.stack(quarters, axis=2) & self.masks[:, :, None]
 

@@ -30,9 +30,7 @@ def split(seed: int) -> Split:
     """
     parts = ink(seed)
     mean, deviation = parts.train_x.mean(dtype=np.float64), parts.train_x.std(dtype=np.float64)
-    train_x, test_x = (
-        ((x - mean) / deviation).astype(np.float32)[:, None] for x in (parts.train_x, parts.test_x)
-    )
+    train_x, test_x = (((x - mean) / deviation).astype(np.float32)[:, None] for x in (parts.train_x, parts.test_x))
     return Split(train_x, parts.train_y, test_x, parts.test_y)
 
 

@@ -115,9 +115,7 @@ def _quantile_codes(values: Float[np.ndarray, " n"], bins: int) -> Int[np.ndarra
     return np.unique((middle * bins).astype(np.int64), return_inverse=True)[1]  # no empty codes
 
 
-def _noise_columns(
-    rng: np.random.Generator, rows: int, cardinalities: Sequence[int]
-) -> dict[str, np.ndarray]:
+def _noise_columns(rng: np.random.Generator, rows: int, cardinalities: Sequence[int]) -> dict[str, np.ndarray]:
     return {
         f"noise{number}_{cardinality}": rng.integers(0, cardinality, rows)
         for number, cardinality in enumerate(cardinalities)

@@ -83,9 +83,7 @@ def docstrings(package: str) -> list[Document]:
     return list(found.values())
 
 
-def package_corpus(
-    packages: Sequence[str], words: int = 128, single_spaces: bool = False
-) -> list[Document]:
+def package_corpus(packages: Sequence[str], words: int = 128, single_spaces: bool = False) -> list[Document]:
     """Docstrings of packages as documents of `words` words: those of one file in a row, cut by `chunks`.
 
     Raises
@@ -99,13 +97,14 @@ def package_corpus(
         for document in docstrings(package):
             by_file.setdefault(document.path, []).append(document.text)
         for path, texts in by_file.items():
-            corpus += [Document(piece, package, path) for piece in chunks("\n\n".join(texts), words, single_spaces=single_spaces)]
+            corpus += [
+                Document(piece, package, path)
+                for piece in chunks("\n\n".join(texts), words, single_spaces=single_spaces)
+            ]
     return corpus
 
 
-def source_passages(
-    root: Path | None = None, words: int = 128, single_spaces: bool = False
-) -> list[Document]:
+def source_passages(root: Path | None = None, words: int = 128, single_spaces: bool = False) -> list[Document]:
     """Source code of the Python files below `root` (default: the standard library), cut by `chunks`.
 
     Files that cannot be decoded are left out.
@@ -123,9 +122,7 @@ def source_passages(
     return passages
 
 
-def pool(
-    seed: int, target: str = "scipy", packages: Sequence[str] = BASE, single_spaces: bool = False
-) -> TextPool:
+def pool(seed: int, target: str = "scipy", packages: Sequence[str] = BASE, single_spaces: bool = False) -> TextPool:
     """A pool for data selection: can a method find the text of one package among all the rest?
 
     Parameters

@@ -83,18 +83,14 @@ def _sources(function: Any, seen: set[FunctionType]) -> Iterator[str]:
     function = inspect.unwrap(function)  # run-time type checks wrap
     name = getattr(function, "__qualname__", repr(function))
     if not inspect.isfunction(function) or "<" in name or function.__closure__:
-        raise InputError(
-            f"a recipe must be made of functions defined at the top of a module; {name} is not one"
-        )
+        raise InputError(f"a recipe must be made of functions defined at the top of a module; {name} is not one")
     if function in seen:
         return
     seen.add(function)
     try:
         yield inspect.getsource(function)
     except OSError as error:
-        raise InputError(
-            f"the source of {name} cannot be read, so that no cache can be keyed by it"
-        ) from error
+        raise InputError(f"the source of {name} cannot be read, so that no cache can be keyed by it") from error
     for used in sorted(_names(function.__code__)):
         value = function.__globals__.get(used)
         if isinstance(value, (int, float, str, tuple)):

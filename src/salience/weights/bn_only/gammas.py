@@ -100,9 +100,7 @@ def gamma_report(model: nn.Module, threshold: float = 0.01) -> GammaReport:
     if not threshold > 0:
         raise InputError(f"threshold: got {threshold!r}; it must be positive")
     layers = trainable_batch_norms(model)
-    return GammaReport(
-        threshold, {name: layer.weight.detach().cpu().clone() for name, layer in layers.items()}
-    )
+    return GammaReport(threshold, {name: layer.weight.detach().cpu().clone() for name, layer in layers.items()})
 
 
 @torch.no_grad()
@@ -117,9 +115,7 @@ def zero_small_gammas(model: nn.Module, threshold: float = 0.01) -> int:
     return int((report.values.abs() < threshold).sum())
 
 
-def dead_channels(
-    model: nn.Module, data: Any, *, batch_size: int = 128
-) -> dict[str, Bool[Tensor, " channels"]]:
+def dead_channels(model: nn.Module, data: Any, *, batch_size: int = 128) -> dict[str, Bool[Tensor, " channels"]]:
     """Find the channels that no input makes fire: the ReLU gives 0 at every place for every input.
 
     Supported: models whose rectifiers are `nn.ReLU` modules; the function `relu` cannot be seen.
@@ -160,9 +156,7 @@ def dead_channels(
         fired.clear()
         run(model, batch[0] if isinstance(batch, tuple | list) else batch)
         if not fired:
-            raise InputError(
-                f"model: {type(model).__name__} runs no nn.ReLU, so dead channels cannot be seen"
-            )
+            raise InputError(f"model: {type(model).__name__} runs no nn.ReLU, so dead channels cannot be seen")
         return dict(fired)
 
     rectifiers = {name: module for name, module in model.named_modules() if isinstance(module, nn.ReLU)}

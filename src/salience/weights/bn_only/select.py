@@ -125,9 +125,7 @@ def select_params(
     return ParamSelection(which, names, masks, count, {k: n for k, n in shortfall.items() if k in masks})
 
 
-def hold_frozen(
-    optimizer: torch.optim.Optimizer, model: nn.Module, selection: ParamSelection
-) -> torch.optim.Optimizer:
+def hold_frozen(optimizer: torch.optim.Optimizer, model: nn.Module, selection: ParamSelection) -> torch.optim.Optimizer:
     """Let each step of `optimizer` keep the frozen entries of partly trained tensors bit for bit.
 
     It is the *update* that is masked: gradients set to zero would not stop weight decay. They are set to
@@ -245,8 +243,7 @@ def _group(model: nn.Module, group: str, which: str) -> set[str]:
     """Names of the parameters of one group."""
     if group not in _GROUPS:
         raise InputError(
-            f"which: got {which!r}; give groups ({', '.join(_GROUPS)}) joined by '+', "
-            "or all, per_channel or random"
+            f"which: got {which!r}; give groups ({', '.join(_GROUPS)}) joined by '+', or all, per_channel or random"
         )
     if group == "bn":
         return _names_of(model, trainable_batch_norms(model).values())
@@ -345,9 +342,7 @@ def _single_values_refused(model: nn.Module) -> Iterator[None]:
         def hook(layer: nn.Module, args: Any) -> None:
             shape = tuple(args[0].shape)
             if len(shape) > 1 and args[0].numel() == shape[1]:
-                raise InputError(
-                    f"layer {name!r}: one value per channel in a batch of shape {shape}; raise batch_size"
-                )
+                raise InputError(f"layer {name!r}: one value per channel in a batch of shape {shape}; raise batch_size")
 
         return hook
 
