@@ -29,9 +29,9 @@ def document(words: list[str], number: int) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """``raw.jsonl`` (200 documents, 40 like the target) and ``target.jsonl`` (40), in the current folder."""
-    raw = [document(OTHERS if number % 5 else WORDS, number) for number in range(200)]
-    for name, texts in (("raw", raw), ("target", [document(WORDS, number) for number in range(200, 240)])):
+    """``raw.jsonl`` (600 documents, 120 like the target) and ``target.jsonl`` (200), in the current folder."""
+    raw = [document(OTHERS if number % 5 else WORDS, number) for number in range(600)]
+    for name, texts in (("raw", raw), ("target", [document(WORDS, number) for number in range(600, 800)])):
         lines = [json.dumps({"text": text, "id": number}) + "\n" for number, text in enumerate(texts)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
@@ -66,31 +66,31 @@ BEFORE = ["raw.jsonl", "target.jsonl"]
 
 
 def test_it_says_first_whether_it_helped_then_accounts_for_every_record(run, folder: Path) -> None:
-    code, out, err = run(*BASE, *SMALL, "--count", "20")
+    code, out, err = run(*BASE, *SMALL, "--count", "60")
     assert code == 0 and err == ""
     assert out.startswith("Closer to your held-out target than random: KL reduction")
-    assert "200 records read = 20 selected + 180 not selected + 0 too short + 0 blank + 0 quarantined" in out
+    assert "600 records read = 60 selected + 540 not selected + 0 too short + 0 blank + 0 quarantined" in out
     assert "written: out.jsonl" in out and "out.jsonl.report.html" in out
     assert names(folder) == ["out.jsonl", "out.jsonl.manifest.json", "out.jsonl.report.html", *BEFORE]
     raw = (folder / "raw.jsonl").read_text().splitlines()
     chosen = (folder / "out.jsonl").read_text().splitlines()
-    assert len(set(chosen)) == 20 and set(chosen) <= set(raw)
+    assert len(set(chosen)) == 60 and set(chosen) <= set(raw)
     page = (folder / "out.jsonl.report.html").read_text()
-    assert "better than random" in page and "20 selected" in page
+    assert "better than random" in page and "60 selected" in page
 
 
 def test_no_better_than_random_is_said_as_plainly(run) -> None:
-    code, out, _ = run(*BASE, *SMALL[:4], "--count", "20", "--method", "random")
+    code, out, _ = run(*BASE, *SMALL[:4], "--count", "60", "--method", "random")
     assert code == 0 and out.startswith("No better than random here")
 
 
 def test_json_is_json_on_stdout(run, folder: Path) -> None:
     with open(folder / "raw.jsonl", "a") as file:
         file.write("\n{\n")
-    code, out, _ = run(*BASE, *SMALL, "--count", "20", "--max-bad", "0.1", "--json")
+    code, out, _ = run(*BASE, *SMALL, "--count", "60", "--max-bad", "0.1", "--json")
     data = json.loads(out)
     assert code == 0 and data["proof"]["better"] is True and data["out"] == "out.jsonl"
-    counts = {"read": 202, "selected": 20, "not_selected": 180, "too_short": 0, "blank": 1, "quarantined": 1}
+    counts = {"read": 602, "selected": 60, "not_selected": 540, "too_short": 0, "blank": 1, "quarantined": 1}
     assert {name: data[name] for name in counts} == counts
     assert data["report"] == "out.jsonl.report.html" and "--buckets" not in str(data["warnings"])
 
@@ -103,7 +103,7 @@ def test_warnings_go_to_stderr(run, folder: Path) -> None:
 
 
 def test_dry_run_writes_nothing(run, folder: Path) -> None:
-    code, out, _ = run(*BASE, *SMALL, "--count", "20", "--dry-run")
+    code, out, _ = run(*BASE, *SMALL, "--count", "60", "--dry-run")
     assert code == 0 and out.endswith("nothing was written\n") and "1 files" in out
     code, out, _ = run(*BASE, *SMALL, "--fraction", "0.2", "--dry-run", "--json")
     plan = json.loads(out)
@@ -114,28 +114,28 @@ def test_dry_run_writes_nothing(run, folder: Path) -> None:
 
 def test_scores_only_and_back(run, folder: Path) -> None:
     code, out, _ = run(*BASE[:-1], "scores.parquet", *SMALL, "--scores-only")
-    assert code == 0 and "200 records read = 200 scored + 0 blank + 0 quarantined" in out
-    assert len(Scores.load(folder / "scores.parquet")) == 200 and (folder / "scores.parquet.manifest.json").exists()
+    assert code == 0 and "600 records read = 600 scored + 0 blank + 0 quarantined" in out
+    assert len(Scores.load(folder / "scores.parquet")) == 600 and (folder / "scores.parquet.manifest.json").exists()
     code, out, _ = run(*BASE[:-1], "scores.parquet", *SMALL, "--scores-only", "--json", "--overwrite")
     assert code == 0 and json.loads(out) == {
         "out": "scores.parquet",
-        "documents": 200,
+        "documents": 600,
         "unit": "sample",
-        "read": 200,
-        "scored": 200,
+        "read": 600,
+        "scored": 600,
         "blank": 0,
         "quarantined": 0,
     }
     hold_out = ["--hold-out", "0"]
-    assert run(*BASE, *SMALL[:4], "--count", "20", "--scores", "scores.parquet", *hold_out)[0] == 0
-    assert run(*BASE[:-1], "direct.jsonl", *SMALL, "--count", "20", *hold_out)[0] == 0
+    assert run(*BASE, *SMALL[:4], "--count", "60", "--scores", "scores.parquet", *hold_out)[0] == 0
+    assert run(*BASE[:-1], "direct.jsonl", *SMALL, "--count", "60", *hold_out)[0] == 0
     assert (folder / "out.jsonl").read_bytes() == (folder / "direct.jsonl").read_bytes()
 
 
 def test_overwrite_replaces_all_of_it(run, folder: Path) -> None:
     with open(folder / "raw.jsonl", "a") as file:
         file.write("{\n")
-    assert run(*BASE, *SMALL, "--count", "20", "--max-bad", "0.1")[0] == 0
+    assert run(*BASE, *SMALL, "--count", "60", "--max-bad", "0.1")[0] == 0
     assert (folder / "out.jsonl.quarantine.jsonl").exists()
     raw = (folder / "raw.jsonl").read_text().splitlines(keepends=True)
     (folder / "raw.jsonl").write_text("".join(raw[:-1]))
@@ -165,8 +165,8 @@ def one_sentence(err: str) -> bool:
         ([], 2, "give either --count or --fraction"),
         (["--count", "5", "--fraction", "0.1"], 2, "give either --count or --fraction"),
         (["--count", "0"], 2, "count must be at least 1, not 0"),
-        (["--count", "201", "--min-tokens", "5"], 2, "count 201 is more than the 200 eligible documents"),
-        (["--count", "5", "--min-tokens", "25"], 2, "more than the 0 eligible documents (of at least 25 tokens, of 200"),
+        (["--count", "601", "--min-tokens", "5"], 2, "count 601 is more than the 600 eligible documents"),
+        (["--count", "5", "--min-tokens", "25"], 2, "more than the 0 eligible documents (of at least 25 tokens, of 600"),
         (["--fraction", "1.5"], 2, "fraction must lie in (0, 1], not 1.5"),
         (["--count", "5", "--hold-out", "0.7"], 2, "hold_out must lie in 0..0.5"),
         (["--count", "5", "--buckets", "0"], 2, "num_buckets must lie in"),
@@ -226,21 +226,21 @@ def test_usage_errors_exit_2(run, folder: Path, arguments: list[str], said: str)
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ("{", 3, "3 of 203 records of the raw corpus are bad (1.5%, more than --max-bad 1.0%): 3 x not JSON"),
+        ("{", 3, "9 of 609 records of the raw corpus are bad (1.5%, more than --max-bad 1.0%): 9 x not JSON"),
         ('{"text": null}', 3, "raw.jsonl at "),
     ],
 )
 def test_bad_data_exits_3(run, folder: Path, line: str, code: int, said: str) -> None:
     with open(folder / "raw.jsonl", "a") as file:
-        file.write(f"{line}\n" * 3)
+        file.write(f"{line}\n" * 9)
     for strict in ([], ["--strict", "--max-bad", "1"]):
         got, _, err = run(*BASE, *SMALL, "--count", "5", *strict)
         assert got == code and one_sentence(err) and (said in err or strict) and names(folder) == BEFORE
     assert "bad record in" in err
     code, out, _ = run(*BASE, *SMALL, "--count", "5", "--max-bad", "0.02")
-    assert code == 0 and "3 quarantined" in out and "unreadable records: out.jsonl.quarantine.jsonl" in out
+    assert code == 0 and "9 quarantined" in out and "unreadable records: out.jsonl.quarantine.jsonl" in out
     quarantined = [json.loads(line) for line in open("out.jsonl.quarantine.jsonl")]
-    assert [record["raw"] for record in quarantined] == [line] * 3 and quarantined[0]["offset"] > 0
+    assert [record["raw"] for record in quarantined] == [line] * 9 and quarantined[0]["offset"] > 0
 
 
 def test_a_full_disk_exits_1_with_a_clear_sentence(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +302,7 @@ def test_markup_in_documents_and_names_is_shown_not_run(run, folder: Path) -> No
     (folder / "pool" / f"{name}.jsonl").write_text("".join(hostile))
     (folder / "pool" / "other.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     out = f"{name} out.jsonl"
-    code, _, _ = run("pool", *BASE[1:3], "--out", out, *SMALL, "--count", "20")
+    code, _, _ = run("pool", *BASE[1:3], "--out", out, *SMALL, "--count", "60")
     page = Page((folder / f"{out}.report.html").read_text())
     assert code == 0 and page.active == []
     assert text in page.text and f"{name}.jsonl" in page.text and f"Selected text: {out}" in page.text

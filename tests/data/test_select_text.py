@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pools import LAW, SEA, jsonl, prose, share_of, texts_of, write_pool
 
-from salience.data import DSIR, score_text, select_text, text_selection
+from salience.data import DSIR, score_text, select_text, text_passes
 from salience.data.dsir.features import bucket, ngram_strings, tokenize
 from salience.errors import DataError, InputError, NothingToDo, SalienceError
 from salience.io import Corpus, checksum, corpus, gumbel, lines, read
@@ -123,7 +123,7 @@ def test_features_kept_from_counting_change_nothing(
     monkeypatch.setattr(corpus, "UNIT_BYTES", 2000)
     runs = []
     for kept in (128 << 20, 0, 4000):
-        monkeypatch.setattr(text_selection, "KEPT_BYTES", kept)
+        monkeypatch.setattr(text_passes, "KEPT_BYTES", kept)
         out = tmp_path / f"out{kept}.{'jsonl' if ending == 'txt.gz' else ending}"
         result = select(raw, pool[1], out, count=40, method=method)
         runs.append((out.read_bytes(), result.proof, result.sources, result.most, result.least, sorted(result.weights)))

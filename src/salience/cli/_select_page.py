@@ -89,7 +89,7 @@ def _proof(report, figures, method: str, proof: Proof) -> list:
         report.table(
             ("measure", "against", method, "baseline", "better by", "95 % interval"),
             rows,
-            f"Random is the mean of three draws for the KL reduction (spread {proof.random_spread:.4f}). Each byte "
+            f"Random is the mean of several draws (spread of the KL reduction {proof.random_spread:.4f}). Each byte "
             f"model was trained on {proof.model_bytes:,} bytes.",
         ),
     ]

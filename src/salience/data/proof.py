@@ -1,21 +1,24 @@
 r"""Did the selection help? Measured on target documents that the selection never saw.
 
-Two figures, each with the interval of the paired difference over the held-out documents:
+Two figures, each with the interval of the paired difference over held-out documents and draws of the baseline:
 
-* KL reduction (`kl_reduction`) minus its mean over random selections of equal size. It is linear in the held-out
-  distribution, so every held-out document has its share of it.
+* KL reduction (`kl_reduction`). It is linear in the held-out distribution, so every held-out document has its share.
 * Bits per byte that a small byte n-gram model, trained on equally many bytes of each selection, needs for the
   held-out documents.
+
+Random is the mean of several random selections of equal size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy.stats
 import xxhash
 from jaxtyping import Float, Int
 
@@ -187,15 +190,13 @@ def prove(
     measured = {name: part for name, part in selections.items() if name not in ("most", "least")}
     randoms = sorted(name for name in measured if name.startswith("random "))
     kl = _kl_shares(texts, raw_counts, measured, featurizer)
-    trained = {name: measured[name].strings() for name in measured if name not in randoms[1:]}
-    bits, model_bytes = _bits_shares(texts, trained)
-    kl_random = np.mean([kl[name] for name in randoms], axis=0)
-    others = {"random": (kl_random, bits[randoms[0]])}
-    others |= {name: (kl[name], bits[name]) for name in measured if name not in ("chosen", *randoms)}
+    bits, model_bytes = _bits_shares(texts, {name: part.strings() for name, part in measured.items()}, seed)
+    others = {"random": ([kl[name] for name in randoms], [bits[name] for name in randoms])}
+    others |= {name: ([kl[name]], [bits[name]]) for name in measured if name not in ("chosen", *randoms)}
     comparisons = []
-    for name, (kl_other, bits_other) in others.items():
-        comparisons.append(_compare("KL reduction", name, kl["chosen"], kl_other, 1, seed))
-        comparisons.append(_compare("bits per byte", name, bits["chosen"], bits_other, -1, seed))
+    for name, (kl_others, bits_others) in others.items():
+        comparisons.append(_compare("KL reduction", name, kl["chosen"], kl_others, 1, seed))
+        comparisons.append(_compare("bits per byte", name, bits["chosen"], bits_others, -1, seed))
     means = {name: float(values.mean()) for name, values in kl.items()}
     spread = [means[name] for name in randoms]
     return Proof(
@@ -204,8 +205,8 @@ def prove(
         comparisons,
         float(max(spread) - min(spread)),
         model_bytes,
-        {method: means["chosen"], **{name: float(values[0].mean()) for name, values in others.items()}},
-        {method: float(bits["chosen"].mean()), **{name: float(values[1].mean()) for name, values in others.items()}},
+        {method: means["chosen"], **{name: float(np.mean(values[0])) for name, values in others.items()}},
+        {method: float(bits["chosen"].mean()), **{name: float(np.mean(values[1])) for name, values in others.items()}},
     )
 
 
@@ -222,14 +223,19 @@ def _kl_shares(
     return {name: _shares(sums[:, column], lengths) for column, name in enumerate(names)}
 
 
-def _bits_shares(texts: list[str], training: dict[str, list[str]]) -> tuple[dict[str, np.ndarray], int]:
+def _bits_shares(texts: list[str], training: dict[str, list[str]], seed: int) -> tuple[dict[str, np.ndarray], int]:
     encoded = [text.encode() for text in texts]
     lengths = np.array([len(text) for text in encoded], dtype=np.float64)
-    joined = {name: "\n".join(strings).encode() for name, strings in training.items()}
+    joined = {name: "\n".join(_shuffled(strings, seed)).encode() for name, strings in training.items()}
     size = min(MODEL_BYTES, *map(len, joined.values()))
     if not size:
         raise InputError("a selection holds no text to train on")
     return {name: _shares(ByteNgram().fit([text[:size]]).bits(encoded), lengths) for name, text in joined.items()}, size
+
+
+def _shuffled(strings: list[str], seed: int) -> list[str]:
+    """In random order: cut to equal bytes in reading order, all but one selection would lose the last files."""
+    return [strings[at] for at in np.random.default_rng(seed).permutation(len(strings))]
 
 
 def _shares(sums: Float[np.ndarray, " n"], lengths: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -238,9 +244,22 @@ def _shares(sums: Float[np.ndarray, " n"], lengths: Float[np.ndarray, " n"]) -> 
     return ratio + (sums - ratio * lengths) / lengths.mean()
 
 
-def _compare(measure: str, baseline: str, chosen: np.ndarray, other: np.ndarray, sign: int, seed: int) -> Comparison:
+def _compare(
+    measure: str, baseline: str, chosen: np.ndarray, others: list[np.ndarray], sign: int, seed: int
+) -> Comparison:
+    """Compare with the mean over draws of a baseline.
+
+    The interval over documents is widened by how far one more draw may lie from the mean of n, t s sqrt(1 + 1/n):
+    documents alone would call one random draw in six better than others.
+    """
+    other = np.mean(others, axis=0)
     found = paired_difference(sign * chosen, sign * other, random_state=seed)
-    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high)
+    reach, draws = 0.0, len(others)
+    if draws > 1:
+        spread = float(np.std([draw.mean() for draw in others], ddof=1))
+        reach = float(scipy.stats.t.ppf(0.975, draws - 1)) * spread * math.sqrt(1 + 1 / draws)
+    low, high = (found.mean + side * math.hypot(end - found.mean, reach) for side, end in ((-1, found.low), (1, found.high)))
+    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, low, high)
 
 
 def _within(texts: list[str], budget: int) -> list[str]:

@@ -35,7 +35,8 @@ from salience.io import (
 from salience.scores import Scores
 
 METHODS = ("dsir", "heuristic", "random")
-RANDOM_DRAWS = 3
+RANDOM_DRAWS = 3, 10  # fewest and most: the smaller a selection is, the more its random likes differ
+RANDOM_DOCUMENTS = 4000  # in all random draws together, if that is no fewer than the fewest of them
 KEPT_BYTES = 128 << 20  # features kept from counting
 SAMPLE = 2000  # documents kept of each side: for the classifier, the figures, and the byte model
 SHOWN = 10
@@ -223,7 +224,7 @@ class TextPasses:
         columns = len(self.model.log_diff_) if self.method == "dsir" else 1
         heaps = {"chosen": [TopK(count) for _ in range(columns)], "most": [TopK(SHOWN)], "least": [TopK(SHOWN)]}
         if len(self.held):
-            heaps |= {f"random {draw}": [TopK(count)] for draw in range(RANDOM_DRAWS)}
+            heaps |= {f"random {draw}": [TopK(count)] for draw in range(_random_draws(count))}
             if self.method != "heuristic":
                 heaps["heuristic"] = [TopK(count)]
             if self.method not in ("dsir", "scores"):
@@ -262,8 +263,9 @@ class TextPasses:
             keys["heuristic"] = (
                 values["heuristic"] if self.top_k else self.heuristic.keys(values["heuristic"], first, second)
             )
-        for draw in range(RANDOM_DRAWS if len(self.held) else 0):
-            values[f"random {draw}"] = keys[f"random {draw}"] = self._uniform(f"random {draw}", batch)
+        for name in self.heaps:
+            if name.startswith("random "):
+                values[name] = keys[name] = self._uniform(name, batch)
         if self.method == "random":
             values["chosen"] = keys["chosen"] = self._uniform("random", batch)
         elif self.method == "scores":
@@ -338,6 +340,11 @@ def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.nd
         file: (np.array([row for row, _ in sorted(pairs)]), np.array([value for _, value in sorted(pairs)]))
         for file, pairs in parts.items()
     }
+
+
+def _random_draws(count: int) -> int:
+    fewest, most = RANDOM_DRAWS
+    return min(most, max(fewest, RANDOM_DOCUMENTS // count))
 
 
 def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Hashed) -> Float[np.ndarray, " n"]:

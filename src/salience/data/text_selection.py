@@ -1,7 +1,7 @@
 """Choose documents from a corpus of any size by a target, write them, and measure on the user's own data if it helped.
 
 `TextPasses` reads the targets (a keyed part of them held out), counts, weighs and draws the raw corpus, and copies the
-chosen records; it also draws what the choice is compared with: random documents three times, and heuristic
+chosen records; it also draws what the choice is compared with: random documents several times, and heuristic
 classification. `prove` measures them.
 """
 
