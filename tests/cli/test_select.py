@@ -18,8 +18,38 @@ from salience.cli import main
 from salience.io import RecordWriter
 from salience.scores import Scores
 
-WORDS = "wave tide harbour anchor sail reef gull salt net mast rope storm fish deck captain".split()
-OTHERS = "court judge statute appeal clause ruling party claim contract duty witness motion brief".split()
+WORDS = [
+    "wave",
+    "tide",
+    "harbour",
+    "anchor",
+    "sail",
+    "reef",
+    "gull",
+    "salt",
+    "net",
+    "mast",
+    "rope",
+    "storm",
+    "fish",
+    "deck",
+    "captain",
+]
+OTHERS = [
+    "court",
+    "judge",
+    "statute",
+    "appeal",
+    "clause",
+    "ruling",
+    "party",
+    "claim",
+    "contract",
+    "duty",
+    "witness",
+    "motion",
+    "brief",
+]
 HOSTILE = "<script>alert('{}')</script>"
 
 
@@ -248,7 +278,7 @@ def test_a_full_disk_exits_1_with_a_clear_sentence(run, folder: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.jsonl")
 
     monkeypatch.setattr(RecordWriter, "write", full)
-    code, out, err = run(*BASE, *SMALL, "--count", "5")
+    code, _out, err = run(*BASE, *SMALL, "--count", "5")
     assert (code, err) == (1, "salience: No space left on device (out.jsonl)\n") and names(folder) == BEFORE
 
 
@@ -258,7 +288,7 @@ def test_an_interrupt_exits_130_and_leaves_nothing(run, folder: Path, monkeypatc
         raise error
 
     monkeypatch.setattr(RecordWriter, "write", stop)
-    code, out, err = run(*BASE, *SMALL, "--count", "5")
+    code, _out, err = run(*BASE, *SMALL, "--count", "5")
     assert (code, err) == (130, "salience: interrupted; no unfinished output was left\n") and names(folder) == BEFORE
 
 

@@ -8,9 +8,41 @@ from pathlib import Path
 
 import numpy as np
 
-COMMON = "the of and a to in is that it was for on are as with".split()
-SEA = "wave tide harbour anchor sail reef gull salt net mast rope storm fish deck captain".split()
-LAW = "court judge statute appeal clause ruling party claim contract duty witness motion brief bench writ".split()
+COMMON = ["the", "of", "and", "a", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with"]
+SEA = [
+    "wave",
+    "tide",
+    "harbour",
+    "anchor",
+    "sail",
+    "reef",
+    "gull",
+    "salt",
+    "net",
+    "mast",
+    "rope",
+    "storm",
+    "fish",
+    "deck",
+    "captain",
+]
+LAW = [
+    "court",
+    "judge",
+    "statute",
+    "appeal",
+    "clause",
+    "ruling",
+    "party",
+    "claim",
+    "contract",
+    "duty",
+    "witness",
+    "motion",
+    "brief",
+    "bench",
+    "writ",
+]
 
 
 def prose(kind: Sequence[str], documents: int, seed: int, tokens: tuple[int, int] = (12, 40)) -> list[str]:

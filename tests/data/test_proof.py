@@ -62,7 +62,9 @@ def test_figures_are_those_of_their_definitions(measured) -> None:
         assert item.low <= item.difference <= item.high
     spread = [kl[f"random {n}"] for n in range(3)]
     assert proof.random_spread == pytest.approx(max(spread) - min(spread))
-    assert proof.kl_reduction == pytest.approx({"dsir": kl["chosen"], "random": kl["random"], "heuristic": kl["heuristic"]})
+    assert proof.kl_reduction == pytest.approx(
+        {"dsir": kl["chosen"], "random": kl["random"], "heuristic": kl["heuristic"]}
+    )
     assert proof.bits_per_byte["random"] == pytest.approx(bits["random"])
 
 

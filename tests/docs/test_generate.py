@@ -83,11 +83,7 @@ def test_catalogue_counts_the_states_and_lists_the_pages(generate):
 def test_text_of_the_catalogue_is_never_markup(generate):
     MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
     shown = "<b>*bold*</b> [a](b) $x$ `c` | # ~~d~~ &amp; \\ _e_ {f}"
-    html = (
-        MarkdownIt()
-        .enable(["table", "strikethrough"])
-        .render(generate.table(["x"], [[generate.text(shown)]]))
-    )
+    html = MarkdownIt().enable(["table", "strikethrough"]).render(generate.table(["x"], [[generate.text(shown)]]))
     escaped = shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert f"<td>{escaped}</td>" in html
 
@@ -101,9 +97,7 @@ def test_readme_keeps_everything_but_the_table(generate, tmp_path, monkeypatch, 
     assert "old" in readme.read_text(encoding="utf-8")
     assert generate.main(["--readme"]) == 0 and generate.main(["--check"]) == 0
     new = readme.read_text(encoding="utf-8")
-    assert new.startswith("# top\n<!-- papers:begin -->\n| no. |") and new.endswith(
-        "|\n<!-- papers:end -->\nrest\n"
-    )
+    assert new.startswith("# top\n<!-- papers:begin -->\n| no. |") and new.endswith("|\n<!-- papers:end -->\nrest\n")
     assert "old" not in new and cells(new, "dsir")[0:2] == ["2", "[dsir](docs/methods/dsir.md)"]
     monkeypatch.setitem(STATES, "dsir", "stale")
     assert generate.main(["--check"]) == 1
