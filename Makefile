@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 SEEDS := --seed 11 --seed 12 --seed 13
-PAPERS ?= --stale
+PAPERS ?= --all --stale
 
 .PHONY: demo test test-all evidence lint docs bench clean
 
