@@ -97,20 +97,21 @@ def test_top_is_the_largest_ties_by_id(made: Scores, data: st.DataObject) -> Non
 
 @pytest.mark.parametrize("count", [0, -1, 4, 1.5, True + 3])
 def test_counts_out_of_range(count: float) -> None:
-    made = Scores([1, 2, 3], "a b c".split(), "sample")
+    made = Scores([1, 2, 3], ["a", "b", "c"], "sample")
     for choose in (made.top, made.sample):
         with pytest.raises(InputError, match=f"count must be a whole number in 1..3, not {count}"):
             choose(count)
 
 
 def test_keep_by_mask_and_by_position() -> None:
-    made = Scores([1, 2, 3], "a b c".split(), "sample", {"method": "m"})
+    made = Scores([1, 2, 3], ["a", "b", "c"], "sample", {"method": "m"})
     assert list(made.keep(np.array([True, False, True])).ids) == ["a", "c"]
     assert list(made.keep(np.array([2, 0])).ids) == ["c", "a"]
     assert made.keep(np.array([0])).provenance == {"method": "m"}
     for which, message in (
         ([True, False], "mask of length 3"), ([False] * 3, "nothing is kept"), ([], "nothing is kept"),
-        ([3], "positions must be"), ([-1], "positions must be"), ([0.5], "positions must be"), ([[1]], "positions must be"),
+        ([3], "positions must be"), ([-1], "positions must be"), ([0.5], "positions must be"),
+        ([[1]], "positions must be"),
         ([1, 1], "occurs more than once"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):

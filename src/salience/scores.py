@@ -78,7 +78,9 @@ class Scores:
         self._ids = names.cast(pa.large_string())
         bad = np.flatnonzero(~np.isfinite(numbers))
         if len(bad):
-            raise InputError(f"value of id {self._ids[int(bad[0])].as_py()!r} is {numbers[bad[0]]}; values must be finite")
+            raise InputError(
+                f"value of id {self._ids[int(bad[0])].as_py()!r} is {numbers[bad[0]]}; values must be finite"
+            )
         if pc.count_distinct(self._ids).as_py() < len(names):
             counts = pc.value_counts(self._ids)
             twice = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0].as_py()

@@ -62,7 +62,9 @@ def test_figures_are_those_of_their_definitions(measured) -> None:
         assert item.low <= item.difference <= item.high
     spread = [kl[f"random {n}"] for n in range(3)]
     assert proof.random_spread == pytest.approx(max(spread) - min(spread))
-    assert proof.kl_reduction == pytest.approx({"dsir": kl["chosen"], "random": kl["random"], "heuristic": kl["heuristic"]})
+    assert proof.kl_reduction == pytest.approx(
+        {"dsir": kl["chosen"], "random": kl["random"], "heuristic": kl["heuristic"]}
+    )
     assert proof.bits_per_byte["random"] == pytest.approx(bits["random"])
 
 
@@ -219,7 +221,8 @@ def test_kl_reduction_by_hand() -> None:
     assert kl_reduction(target, raw, selected) == pytest.approx(expected, abs=1e-6)
     assert kl_reduction(np.stack([target, raw]), raw, raw) == pytest.approx(0)
     for name, arguments in (
-        ("targets", (0 * target, raw, selected)), ("raw", (target, 0 * raw, selected)), ("selected", (target, raw, 0 * raw)),
+        ("targets", (0 * target, raw, selected)), ("raw", (target, 0 * raw, selected)),
+        ("selected", (target, raw, 0 * raw)),
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"{name} holds no n-gram"):
             kl_reduction(*arguments)

@@ -27,7 +27,7 @@ def test_a_name_is_its_xxh3() -> None:
 
 def test_draws_are_uniform_and_gumbel() -> None:
     drawn = uniform(3, "purpose", 17, ROWS)
-    assert 0 < drawn.min() and drawn.max() < 1
+    assert drawn.min() > 0 and drawn.max() < 1
     assert scipy.stats.kstest(drawn, "uniform").pvalue > 0.01
     assert scipy.stats.kstest(gumbel(3, "purpose", 17, ROWS), "gumbel_r").pvalue > 0.01
     np.testing.assert_allclose(gumbel(3, "p", 1, ROWS[:9]), -np.log(-np.log(uniform(3, "p", 1, ROWS[:9]))))

@@ -47,7 +47,7 @@ def _root(
 
 
 def _terminate(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt   # SIGTERM unwinds like Ctrl-C, so that temporaries are removed
+    raise KeyboardInterrupt  # SIGTERM unwinds like Ctrl-C, so that temporaries are removed
 
 
 def main() -> None:

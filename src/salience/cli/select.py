@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +13,7 @@ from salience.cli._say import say
 from salience.errors import InputError
 
 if TYPE_CHECKING:
+    from salience.data.proof import Proof
     from salience.data.text_selection import TextSelection
     from salience.io import Corpus
 
@@ -30,7 +31,7 @@ _WEIGHING = "Options of weighing"
 _DATA = "Data"
 
 
-class Method(str, Enum):
+class Method(StrEnum):
     """How documents are weighed."""
 
     dsir = "dsir"
@@ -38,7 +39,7 @@ class Method(str, Enum):
     random = "random"
 
 
-class Hash(str, Enum):
+class Hash(StrEnum):
     """How n-grams are hashed."""
 
     sha256 = "sha256"
@@ -150,7 +151,13 @@ def _run(pool, targets, out, count, fraction, method, model, scores, top_k, hold
     from salience.scores import Scores
 
     console = Console(stderr=True)
-    columns = TextColumn("{task.description:>8}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
@@ -197,7 +204,9 @@ def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | No
     typer.echo(f"targets  {plan['target_bytes'] / 1e6:,.1f} MB")
     typer.echo(f"passes   {plan['passes']} over the raw corpus (count, weigh), then the chosen units once more")
     typer.echo(f"memory   about {plan['peak_bytes'] / 1e6:,.0f} MB with {plan['workers']} workers")
-    typer.echo(f"time     about {plan['seconds']:,.0f} s at the measured {plan['bytes_per_second'] / 1e6:,.1f} MB/s a pass")
+    typer.echo(
+        f"time     about {plan['seconds']:,.0f} s at the measured {plan['bytes_per_second'] / 1e6:,.1f} MB/s a pass"
+    )
     typer.echo("nothing was written")
 
 
@@ -217,7 +226,7 @@ def _print(result: TextSelection, page: Path, as_json: bool) -> None:
         typer.echo(json.dumps(summary))
         return
     if result.proof is not None:
-        _print_proof(result)
+        _print_proof(result.method, result.proof)
     for warning in result.warnings:
         say(f"note: {warning}", err=True)
     say(result.equation)
@@ -226,14 +235,13 @@ def _print(result: TextSelection, page: Path, as_json: bool) -> None:
     say(f"written: {result.out}\nreport:  {page}")
 
 
-def _print_proof(result: TextSelection) -> None:
+def _print_proof(method: str, proof: Proof) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    proof = result.proof
     typer.echo(proof.verdict[0].upper() + proof.verdict[1:] + ".\n")
     table = Table(box=None, pad_edge=False)
-    for column in ("measured on held-out target", result.method, "against", "", "better by", "95 % interval"):
+    for column in ("measured on held-out target", method, "against", "", "better by", "95 % interval"):
         table.add_column(column, justify="left" if column in ("measured on held-out target", "against") else "right")
     for item in proof.comparisons:
         table.add_row(

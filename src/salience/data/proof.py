@@ -258,7 +258,9 @@ def _compare(
     if draws > 1:
         spread = float(np.std([draw.mean() for draw in others], ddof=1))
         reach = float(scipy.stats.t.ppf(0.975, draws - 1)) * spread * math.sqrt(1 + 1 / draws)
-    low, high = (found.mean + side * math.hypot(end - found.mean, reach) for side, end in ((-1, found.low), (1, found.high)))
+    low, high = (
+        found.mean + side * math.hypot(end - found.mean, reach) for side, end in ((-1, found.low), (1, found.high))
+    )
     return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, low, high)
 
 

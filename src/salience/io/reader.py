@@ -133,9 +133,7 @@ def _read_lines(corpus: Corpus, unit: Unit, wanted: np.ndarray | None) -> Iterat
             yield Batch(source, rows, parsed.text, raw, parsed.table, parsed.blank, bad + splitter.too_long)
             splitter.too_long = []
         if splitter.too_long:
-            yield Batch(
-                source, np.empty(0, np.int64), pa.array([], pa.string()), None, None, 0, splitter.too_long
-            )
+            yield Batch(source, np.empty(0, np.int64), pa.array([], pa.string()), None, None, 0, splitter.too_long)
 
 
 def _only(wanted, numbers, block, starts, stops):

@@ -1,8 +1,8 @@
 """The one writer: temporary names, checksums, a manifest; the final name is absent, old or complete.
 
-    out.jsonl                 the result
-    out.jsonl.manifest.json   parameters, inputs, counts, and the size and xxh3-128 of every file written
-    out.jsonl.quarantine.jsonl  records that could not be read, if any
+out.jsonl                 the result
+out.jsonl.manifest.json   parameters, inputs, counts, and the size and xxh3-128 of every file written
+out.jsonl.quarantine.jsonl  records that could not be read, if any
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ class Output:
         The name exists or is that of an input, its folder does not exist, or it cannot be written to.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()) -> None:
         self.path = Path(path)
         check_name("output", self.path)
         if self.path.is_dir():
@@ -158,9 +156,13 @@ class RecordWriter:
         if self._format is None or (compression and self._format == "parquet"):
             raise InputError(f"output {name} has an unknown ending; use .jsonl, .csv, .txt or .parquet")
         rows = {"table": "parquet"}
-        others = sorted({source.format for source in corpus.sources if rows.get(source.format, source.format) != self._format})
+        others = sorted(
+            {source.format for source in corpus.sources if rows.get(source.format, source.format) != self._format}
+        )
         if self._format != "jsonl" and others:
-            raise InputError(f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl")
+            raise InputError(
+                f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl"
+            )
         self._path, self._name = path, name
         self._parquet: Any = None  # a ParquetWriter from the first table on
         self._waiting: list[pa.Table] = []  # for the next row group, of
@@ -226,7 +228,11 @@ def write_quarantine(path: Path, bad: Iterable[tuple[Source, Bad]]) -> None:
     """Write the unreadable records as JSON lines: file, offset or row, reason, raw bytes."""
     with open(path, "w", encoding="utf-8") as file:
         for source, record in bad:
-            line: dict[str, Any] = {"file": source.path or source.name, "offset": record.offset, "reason": record.reason}
+            line: dict[str, Any] = {
+                "file": source.path or source.name,
+                "offset": record.offset,
+                "reason": record.reason,
+            }
             try:
                 line["raw"] = record.raw.decode("utf-8")
             except UnicodeDecodeError:
