@@ -110,7 +110,8 @@ def test_keep_by_mask_and_by_position() -> None:
     assert made.keep(np.array([0])).provenance == {"method": "m"}
     for which, message in (
         ([True, False], "mask of length 3"), ([False] * 3, "nothing is kept"), ([], "nothing is kept"),
-        ([3], "positions must be"), ([-1], "positions must be"), ([0.5], "positions must be"), ([[1]], "positions must be"),
+        ([3], "positions must be"), ([-1], "positions must be"), ([0.5], "positions must be"),
+        ([[1]], "positions must be"),
         ([1, 1], "occurs more than once"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -196,7 +196,7 @@ def one_sentence(err: str) -> bool:
         (["--count", "5", "--fraction", "0.1"], 2, "give either --count or --fraction"),
         (["--count", "0"], 2, "count must be at least 1, not 0"),
         (["--count", "601", "--min-tokens", "5"], 2, "count 601 is more than the 600 eligible documents"),
-        (["--count", "5", "--min-tokens", "25"], 2, "more than the 0 eligible documents (of at least 25 tokens, of 600"),
+        (["--count", "5", "--min-tokens", "25"], 2, "the 0 eligible documents (of at least 25 tokens, of 600"),
         (["--fraction", "1.5"], 2, "fraction must lie in (0, 1], not 1.5"),
         (["--count", "5", "--hold-out", "0.7"], 2, "hold_out must lie in 0..0.5"),
         (["--count", "5", "--buckets", "0"], 2, "num_buckets must lie in"),
@@ -211,9 +211,9 @@ def one_sentence(err: str) -> bool:
         (["--count", "5", "--report", "out.jsonl"], 2, "--report must name a file that ends in .html"),
         (["--count", "5", "--report", "absent/page.html"], 2, "in a folder that exists"),
         (["--count", "5", "--method", "random", "--smoothing", "1"], 2, "--smoothing belongs to --method dsir alone"),
-        (["--count", "5", "--method", "heuristic", "--separate-targets"], 2, "--separate-targets belongs to --method dsir"),
-        (["--count", "5", "--method", "random", "--proportions", "1"], 2, "--proportions belongs to --method dsir alone"),
-        (["--count", "5", "--scores", "s.parquet", "--smoothing", "1"], 2, "--smoothing belongs to --method dsir alone"),
+        (["--count", "5", "--method", "heuristic", "--separate-targets"], 2, "--separate-targets belongs to"),
+        (["--count", "5", "--method", "random", "--proportions", "1"], 2, "--proportions belongs to"),
+        (["--count", "5", "--scores", "s.parquet", "--smoothing", "1"], 2, "--smoothing belongs to"),
         (["--count", "5", "--method", "random", "--top-k"], 2, "--top-k means nothing for --method random"),
         (["--count", "5", "--scores", "s.parquet", "--method", "random"], 2, "--scores replaces the method"),
         (["--count", "5", "--scores-only"], 2, "--scores-only chooses nothing"),
@@ -222,7 +222,7 @@ def one_sentence(err: str) -> bool:
         (["--scores-only", "--out", "absent/s.parquet"], 2, "absent does not exist"),
         (["--count", "5", "--proportions", "1"], 2, "needs separate_targets"),
         (["--count", "5", "--separate-targets", "--proportions", "1,2"], 2, "has 2 entries for 1 targets"),
-        (["--count", "5", "--separate-targets", "--proportions", "1,x"], 2, "must be numbers with commas between, not '1,x'"),
+        (["--count", "5", "--separate-targets", "--proportions", "1,x"], 2, "numbers with commas between, not '1,x'"),
         (["--count", "5", "--scores", "absent.parquet"], 3, "absent.parquet is not a readable Scores file"),
         (["--count", "5", "--text-column", "txt"], 3, "no field 'txt' (nearest names: 'text'"),
         (["--count", "5", "--target", "empty.jsonl"], 4, "empty.jsonl is empty"),
@@ -269,7 +269,7 @@ def test_bad_data_exits_3(run, folder: Path, line: str, code: int, said: str) ->
     assert "bad record in" in err
     code, out, _ = run(*BASE, *SMALL, "--count", "5", "--max-bad", "0.02")
     assert code == 0 and "9 quarantined" in out and "unreadable records: out.jsonl.quarantine.jsonl" in out
-    quarantined = [json.loads(line) for line in open("out.jsonl.quarantine.jsonl")]
+    quarantined = [json.loads(line) for line in Path("out.jsonl.quarantine.jsonl").read_text().splitlines()]
     assert [record["raw"] for record in quarantined] == [line] * 9 and quarantined[0]["offset"] > 0
 
 
@@ -278,7 +278,7 @@ def test_a_full_disk_exits_1_with_a_clear_sentence(run, folder: Path, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.jsonl")
 
     monkeypatch.setattr(RecordWriter, "write", full)
-    code, _out, err = run(*BASE, *SMALL, "--count", "5")
+    code, _, err = run(*BASE, *SMALL, "--count", "5")
     assert (code, err) == (1, "salience: No space left on device (out.jsonl)\n") and names(folder) == BEFORE
 
 
@@ -288,7 +288,7 @@ def test_an_interrupt_exits_130_and_leaves_nothing(run, folder: Path, monkeypatc
         raise error
 
     monkeypatch.setattr(RecordWriter, "write", stop)
-    code, _out, err = run(*BASE, *SMALL, "--count", "5")
+    code, _, err = run(*BASE, *SMALL, "--count", "5")
     assert (code, err) == (130, "salience: interrupted; no unfinished output was left\n") and names(folder) == BEFORE
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from salience.data import DSIR, select_text
+from salience.io import Corpus
+
 COMMON = ["the", "of", "and", "a", "to", "in", "is", "that", "it", "was", "for", "on", "are", "as", "with"]
 SEA = [
     "wave",
@@ -82,3 +85,17 @@ def texts_of(path: Path) -> list[str]:
 def share_of(kind: Sequence[str], texts: Sequence[str]) -> float:
     """Share of the texts that hold a word of a kind."""
     return float(np.mean([bool(set(kind) & set(text.split())) for text in texts]))
+
+
+def model(**options: object) -> DSIR:
+    return DSIR(**{"num_buckets": 500, "min_tokens": 5, "smoothing": 0.1, "workers": 1, **options})
+
+
+def select(raw: object, target: object, out: Path, settings: DSIR | None = None, **options: object):
+    targets = target if isinstance(target, list) else [target]
+    return select_text(Corpus(raw), [Corpus(name) for name in targets], out, model=settings or model(), **options)
+
+
+def accounted(result) -> bool:
+    parts = result.selected + result.not_selected + result.too_short + result.blank + result.quarantined
+    return parts == result.read and f"{result.read:,} records read = {result.selected:,} selected" in result.equation

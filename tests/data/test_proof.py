@@ -221,7 +221,8 @@ def test_kl_reduction_by_hand() -> None:
     assert kl_reduction(target, raw, selected) == pytest.approx(expected, abs=1e-6)
     assert kl_reduction(np.stack([target, raw]), raw, raw) == pytest.approx(0)
     for name, arguments in (
-        ("targets", (0 * target, raw, selected)), ("raw", (target, 0 * raw, selected)), ("selected", (target, raw, 0 * raw)),
+        ("targets", (0 * target, raw, selected)), ("raw", (target, 0 * raw, selected)),
+        ("selected", (target, raw, 0 * raw)),
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"{name} holds no n-gram"):
             kl_reduction(*arguments)

@@ -93,7 +93,10 @@ def test_lines_of_text_are_copied_as_lines_or_as_json(tmp_path: Path) -> None:
     copy(pool, tmp_path / "out.txt", wanted)
     assert (tmp_path / "out.txt").read_bytes() == "wü\n w\n".encode()
     copy(pool, tmp_path / "out.jsonl", wanted)
-    assert [json.loads(line) for line in open(tmp_path / "out.jsonl")] == [{"text": "wü"}, {"text": " w"}]
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        {"text": "wü"},
+        {"text": " w"},
+    ]
 
 
 TABLE = pa.table(
@@ -130,7 +133,11 @@ def test_tables_in_memory(tmp_path: Path, frame, ending: str) -> None:
     out = tmp_path / f"out{ending}"
     pool = Corpus(frame({"text": ["w", "no", None, "ww"], "kind": ["a", "b", "c", "d"]}))
     assert copy(pool, out, wanted) == 2
-    found = pq.read_table(out).to_pylist() if ending == ".parquet" else [json.loads(line) for line in open(out)]
+    found = (
+        pq.read_table(out).to_pylist()
+        if ending == ".parquet"
+        else [json.loads(line) for line in out.read_text().splitlines()]
+    )
     assert found == [{"text": "w", "kind": "a"}, {"text": "ww", "kind": "d"}]
 
 

@@ -1,0 +1,115 @@
+"""scikit-learn's contract, for every entry of the catalogue (and every baseline) that is one of its estimators."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import numpy as np
+import pytest
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import NotFittedError
+
+from salience.data import HeuristicClassifier
+from salience.errors import MissingExtra
+from salience.papers import load
+
+RAW = ["the cat sat on the mat and saw a dog"] * 8 + [f"def add{n}(a, b): return a + b" for n in range(8)]
+TARGET = ["def sub(a, b): return a - b", "def mul(a, b): return a * b"]
+
+# How each estimator is fitted on something small, and what it chooses then: entry -> (parameters, fit, result).
+FITS = {
+    "salience.data:DSIR": (
+        {"num_buckets": 200, "min_tokens": 1, "workers": 1, "smoothing": 1.0},
+        lambda model: model.fit(RAW, TARGET),
+        lambda model: model.select(RAW, 5),
+    ),
+    "salience.data:HeuristicClassifier": (
+        {"num_buckets": 200},
+        lambda model: model.fit(RAW, TARGET),
+        lambda model: model.select(RAW, 5),
+    ),
+}
+
+
+def estimators() -> list[str]:
+    found = ["salience.data:HeuristicClassifier"]  # a baseline: no row of its own in the catalogue
+    for paper in load().values():
+        for entry in paper.entry:
+            module, name = entry.split(":")
+            try:
+                kind = getattr(importlib.import_module(module), name)
+            except MissingExtra:
+                continue
+            if inspect.isclass(kind) and hasattr(kind, "get_params"):
+                found.append(entry)
+    return found
+
+
+@pytest.fixture(params=estimators())
+def case(request: pytest.FixtureRequest):
+    assert request.param in FITS, f"tell tests/contracts/test_estimators.py how to fit {request.param}"
+    module, name = request.param.split(":")
+    return getattr(importlib.import_module(module), name), *FITS[request.param]
+
+
+def test_the_catalogue_has_estimators() -> None:
+    assert "salience.data:DSIR" in estimators()
+    assert isinstance(HeuristicClassifier(), BaseEstimator)
+
+
+def test_init_only_stores_its_keyword_parameters(case) -> None:
+    """Whatever comes is kept as it is, unchecked: `clone` and `set_params` rely on that."""
+    kind = case[0]
+    parameters = [p for name, p in inspect.signature(kind.__init__).parameters.items() if name != "self"]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in parameters)
+    odd = {p.name: object() for p in parameters}
+    model = kind(**odd)
+    assert vars(model) == odd and model.get_params() == odd
+    assert all(model.get_params()[name] is value for name, value in odd.items())
+
+
+def test_get_and_set_params_and_clone(case) -> None:
+    kind, parameters, fit, _ = case
+    model = kind(**parameters)
+    assert kind().set_params(**parameters).get_params() == model.get_params()
+    with pytest.raises(ValueError, match="Invalid parameter"):
+        model.set_params(no_such_parameter=1)
+    fitted = fit(model)
+    copy = clone(fitted)
+    assert copy is not fitted and copy.get_params() == fitted.get_params() and vars(copy) == parameters_of(copy)
+    assert f"{kind.__name__}(" in repr(model)
+
+
+def parameters_of(model: BaseEstimator) -> dict[str, object]:
+    return model.get_params(deep=False)
+
+
+def test_fit_returns_itself_keeps_parameters_and_adds_only_trailing_underscores(case) -> None:
+    kind, parameters, fit, _ = case
+    model = kind(**parameters)
+    before = dict(model.get_params())
+    assert fit(model) is model and model.get_params() == before
+    learned = set(vars(model)) - set(before)
+    assert learned and all(name.endswith("_") and not name.startswith("_") for name in learned)
+
+
+def test_nothing_is_given_before_fit(case) -> None:
+    kind, parameters, _, result = case
+    with pytest.raises(NotFittedError):
+        result(kind(**parameters))
+
+
+def test_random_state_decides(case) -> None:
+    kind, parameters, fit, result = case
+    if "random_state" not in inspect.signature(kind.__init__).parameters:
+        pytest.skip("draws nothing")
+    results = [result(fit(kind(**parameters, random_state=seed))) for seed in (0, 0, 1, 2, 3)]
+    np.testing.assert_array_equal(results[0], results[1])
+    assert any(not np.array_equal(results[0], other) for other in results[2:])
+    again = kind(**parameters, random_state=0)
+    np.testing.assert_array_equal(result(fit(fit(again))), results[0])  # a second fit starts afresh
+    np.random.seed(5)
+    state = np.random.get_state()[1].copy()
+    result(fit(again))
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # the global generator is left alone
