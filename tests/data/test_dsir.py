@@ -167,6 +167,16 @@ def test_fast_hash_ranks_like_exact_hashes_rank_each_other():
         salted.append(spearmanr(exact, model.fit(raw, target).log_weights(raw)[:, 0]).statistic)
     assert spearmanr(exact, fast).statistic >= np.median(salted) - 0.01
 
+    # The second half of the bar: what each hash chooses, measured in exact buckets, is equally close to the target.
+    features, held_out = HashedNgrams(), [item.text for item in world.held_out]
+    target_counts, raw_counts = features(held_out).counts(10_000), features(raw).counts(10_000)
+    reductions = []
+    for hash in ("sha256", "fast"):
+        chosen = DSIR(min_tokens=0, hash=hash).fit(raw, target).select(raw, 250)
+        counts = features([raw[i] for i in chosen]).counts(10_000)
+        reductions.append(kl_reduction(target_counts, raw_counts, counts))
+    assert reductions[1] == pytest.approx(reductions[0], rel=0.05)
+
 
 def test_ngram_limit_stops_after_the_document_that_passes_it():
     features = HashedNgrams(1, 997)
