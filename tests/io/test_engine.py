@@ -43,6 +43,7 @@ def test_units_run_at_once_but_not_far_ahead(units: list[Unit]) -> None:
 
     results = map_units(meet, units, workers=2)
     next(results)
+    time.sleep(0.1)
     assert max(started) < 5  # two per worker, and the one handed out
     results.close()
     assert len(started) < 6

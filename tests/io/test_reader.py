@@ -69,12 +69,15 @@ def test_a_line_of_a_text_file_is_a_document(tmp_path: Path, codec: str | None) 
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
-def test_parquet_row_groups_are_units_and_nulls_are_named(tmp_path: Path, kind: pa.DataType) -> None:
+def test_parquet_row_groups_are_units_and_nulls_are_named(
+    tmp_path: Path, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "BATCH_ROWS", 2)
     values = [*TEXTS, None, "last"]
     table = pa.table({"id": range(7), "text": pa.array(values).cast(kind)})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=5)
     pool = Corpus(tmp_path / "a.parquet")
-    assert [unit.first_row for unit in pool.units] == [0, 3, 6]
+    assert [unit.first_row for unit in pool.units] == [0, 5]
     for whole in (False, True):
         found = collect(pool, whole)
         assert [(row, text) for _, row, text in found.documents] == [*enumerate(TEXTS), (6, "last")]
@@ -95,6 +98,14 @@ def frames() -> dict[str, object]:
             {"text": pa.array(values, pa.string_view()), "b": pa.array([b"x"] * 4, pa.binary_view())}
         ),
     }
+
+
+def test_rows_keep_their_numbers_behind_a_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "BATCH_ROWS", 2)
+    table = pa.table({"text": ["a", None, "b", None, "c"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for pool in (Corpus(table), Corpus(tmp_path)):
+        assert [row for _, row, _ in collect(pool).documents] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("kind", list(frames()))

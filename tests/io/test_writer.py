@@ -127,6 +127,15 @@ def test_parquet_row_groups_stay_small_enough_for_memory(tmp_path: Path, monkeyp
     assert pq.read_metadata(tmp_path / "out.parquet").num_row_groups == 10
 
 
+def test_a_flipped_bit_in_parquet_that_we_wrote_is_found(tmp_path: Path) -> None:
+    copy(Corpus(pa.table({"text": [f"w{n}" for n in range(2000)]})), tmp_path / "out.parquet", wanted)
+    data = bytearray((tmp_path / "out.parquet").read_bytes())
+    data[len(data) // 3] ^= 1
+    (tmp_path / "out.parquet").write_bytes(data)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(tmp_path / "out.parquet", page_checksum_verification=True)
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
 @pytest.mark.parametrize("frame", [pd.DataFrame, pl.DataFrame, pa.table])
 def test_tables_in_memory(tmp_path: Path, frame, ending: str) -> None:
