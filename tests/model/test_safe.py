@@ -117,7 +117,7 @@ def test_harmless_lookalikes_pass(directory):
     (directory / "modules.json").write_text(json.dumps(modules))
     edit(directory / "1_Dense" / "config.json", activation_function="torch.nn.modules.activation.Tanh")
     edit(directory / "2" / "config.json", activation_function="gelu_new")
-    check_directory(directory)
+    assert check_directory(directory) == directory
 
 
 class Bomb:
@@ -147,7 +147,8 @@ def test_a_numpy_pickle_as_model_file_is_refused(canary, tmp_path):
 def test_a_pickle_beside_safetensors_is_left_unread(directory, canary):
     (directory / "training_args.bin").write_bytes(pickle.dumps(Bomb(canary[0])))
     (directory / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(canary[0])))
-    load(directory)
+    assert load(directory).model is not None
+    assert not canary[0].exists()
 
 
 def test_a_pickle_called_safetensors_is_refused(directory, canary):
@@ -204,7 +205,7 @@ def test_deep_json_is_refused(depth, name, pair, directory):
 
 def test_json_up_to_the_limit_passes(directory):
     (directory / "extra.json").write_text("[" * 63 + "1" + "]" * 63)
-    check_directory(directory)
+    assert check_directory(directory) == directory
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe{}", b""])
