@@ -1,4 +1,4 @@
-"""The command line: ``salience VERB WHAT``. One file per verb: parse, call, render."""
+"""The command line: ``salience VERB WHAT``. One file per command: parse, call, render."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from salience import __version__
 from salience._lazy import missing_extra
-from salience.cli import papers, reproduce, select
+from salience.cli import papers, reproduce, select_text, verbs
 from salience.cli._say import say
 from salience.errors import SalienceError
 
@@ -22,7 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(select.app, name="select")
+_COMMANDS = (select_text,)  # importing a command's file hangs it on its verb
+for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
+    if (_verb := getattr(verbs, _name)).registered_commands:
+        app.add_typer(_verb, name=_name)
 app.add_typer(papers.app, name="papers")
 app.command("reproduce")(reproduce.reproduce)
 

@@ -1,4 +1,4 @@
-"""`salience select WHAT`: choose what to train on."""
+"""`salience select text`: choose the documents of a corpus that are most like a target."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from salience.cli._say import say
+from salience.cli.verbs import select
 from salience.errors import InputError
 
 if TYPE_CHECKING:
     from salience.data.proof import Proof
     from salience.data.text_selection import TextSelection
     from salience.io import Corpus
-
-app = typer.Typer(no_args_is_help=True, help="Choose what to train on.")
 
 _EPILOG = (
     "Examples:\n\n"
@@ -46,12 +45,7 @@ class Hash(StrEnum):
     fast = "fast"
 
 
-@app.callback()
-def _select() -> None:
-    pass
-
-
-@app.command("text", epilog=_EPILOG)
+@select.command("text", epilog=_EPILOG)
 def text(
     raw: Annotated[list[str], typer.Argument(help="Raw corpus: files, globs or directories (.jsonl, .csv, .txt, also .gz and .zst; .parquet).", show_default=False)],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Target text, the same formats; may be repeated.", show_default=False)],
@@ -211,7 +205,7 @@ def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | No
 
 
 def _report(result: TextSelection, page: Path) -> None:
-    from salience.cli._select_page import write_page
+    from salience.cli._select_text_page import write_page
 
     write_page(result, page)
 
