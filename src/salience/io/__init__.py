@@ -6,25 +6,29 @@ from salience._lazy import exports
 
 if TYPE_CHECKING:
     from salience.io.corpus import Corpus, Source, Unit
-    from salience.io.engine import available_cores, map_units
+    from salience.io.engine import available_cores, connect_ray, map_units
     from salience.io.keys import gumbel, key_of, uniform
+    from salience.io.ledger import Ledger
     from salience.io.lines import Bad
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
-    from salience.io.writer import Output, RecordWriter, checksum, write_quarantine
+    from salience.io.writer import Output, RecordWriter, checksum, records_of, write_quarantine
 
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
     "Batch": "reader", "read": "reader", "peek": "reader",
     "Tally": "tally", "Bad": "lines",
-    "map_units": "engine", "available_cores": "engine",
-    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "write_quarantine": "writer",
+    "map_units": "engine", "available_cores": "engine", "connect_ray": "engine",
+    "Ledger": "ledger",
+    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "records_of": "writer",
+    "write_quarantine": "writer",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
     "Bad",
     "Batch",
     "Corpus",
+    "Ledger",
     "Output",
     "RecordWriter",
     "Source",
@@ -32,11 +36,13 @@ __all__ = [
     "Unit",
     "available_cores",
     "checksum",
+    "connect_ray",
     "gumbel",
     "key_of",
     "map_units",
     "peek",
     "read",
+    "records_of",
     "uniform",
     "write_quarantine",
 ]
