@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from salience.io.engine import available_cores, map_units
     from salience.io.keys import gumbel, key_of, uniform
     from salience.io.lines import Bad
+    from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
-    from salience.io.writer import Output, RecordWriter, checksum, write_quarantine
+    from salience.io.writer import RecordWriter, write_quarantine
 
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
     "Batch": "reader", "read": "reader", "peek": "reader",
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine",
-    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "write_quarantine": "writer",
+    "Output": "output", "checksum": "output",
+    "RecordWriter": "writer", "write_quarantine": "writer",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
