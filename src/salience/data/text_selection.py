@@ -29,7 +29,7 @@ from salience.data.proof import Proof, prove
 from salience.data.text_passes import METHODS, Progress, TextPasses, kept_beside
 from salience.data.text_stages import KINDS
 from salience.errors import InputError, NothingToDo, SalienceError
-from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
+from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, write_quarantine
 from salience.io.ledger import differences, some
 from salience.scores import Scores
 
@@ -292,6 +292,8 @@ def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: Tex
     InputError
         It is of another run.
     """
+    from salience.io import verify_output
+
     manifest = verify_output(out).manifest
     changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
     if not changes and manifest["digests"] != run.digests():

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from salience.io.keys import gumbel, key_of, uniform
     from salience.io.ledger import Ledger
     from salience.io.lines import Bad
+    from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
-    from salience.io.writer import Output, RecordWriter, checksum, records_of, write_quarantine
+    from salience.io.writer import RecordWriter, records_of, write_quarantine
 
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
@@ -20,8 +21,8 @@ _WHERE = {
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine", "connect_ray": "engine",
     "Ledger": "ledger",
-    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "records_of": "writer",
-    "write_quarantine": "writer",
+    "Output": "output", "checksum": "output",
+    "RecordWriter": "writer", "records_of": "writer", "write_quarantine": "writer",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [

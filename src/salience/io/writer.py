@@ -1,135 +1,24 @@
-"""The one writer: temporary names, checksums, a manifest; the final name is absent, old or complete.
-
-out.jsonl                 the result
-out.jsonl.manifest.json   parameters, inputs, counts, and the size and xxh3-128 of every file written
-out.jsonl.quarantine.jsonl  records that could not be read, if any
-"""
+"""The one writer of records: chosen ones as they were read, unreadable ones with the reason."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 from jaxtyping import Bool
 
-from salience import __version__
 from salience.errors import DataError, InputError
-from salience.io.corpus import COMPRESSIONS, FORMATS, MANIFEST, QUARANTINE, Corpus, Source, check_name
+from salience.io.corpus import COMPRESSIONS, FORMATS, Corpus, Source
 from salience.io.lines import Bad, csv_header, open_bytes
 from salience.io.reader import Batch, as_json
 
-_CHUNK = 1 << 20
 _GROUP_BYTES = 64 << 20
-
-
-class Output:
-    """Everything that one command writes; nothing stands under a final name before `commit`.
-
-    Use as a context manager: leaving it without `commit` (an error, Ctrl-C) removes the temporaries.
-
-    Parameters
-    ----------
-    path : path
-        Final name of the main file.
-    overwrite : bool
-        Replace an existing one.
-    inputs : sequence of Corpus
-        What is read meanwhile, and must not be replaced.
-
-    Raises
-    ------
-    InputError
-        The name exists or is that of an input, its folder does not exist, or it cannot be written to.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()) -> None:
-        self.path = Path(path)
-        check_name("output", self.path)
-        if self.path.is_dir():
-            raise InputError(f"output {path} is a directory; name a file")
-        if self.path.exists() and not overwrite:
-            raise InputError(f"output {path} exists; pass --overwrite to replace it")
-        if os.path.realpath(path) in {os.path.realpath(s.path) for corpus in inputs for s in corpus.sources if s.path}:
-            raise InputError(f"output {path} is one of the inputs")
-        if not self.path.parent.is_dir():
-            raise InputError(f"output folder {self.path.parent} does not exist")
-        if not os.access(self.path.parent, os.W_OK):
-            raise InputError(f"output folder {self.path.parent} cannot be written to")
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
-        self._names: list[str] = []
-
-    def file(self, suffix: str = "") -> Path:
-        """Temporary path of one more file, to become ``<path><suffix>``."""
-        self._names.append(self.path.name + suffix)
-        return self._folder / self._names[-1]
-
-    def commit(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Move all files to their final names and write the manifest.
-
-        Parameters
-        ----------
-        record : mapping
-            What to tell in the manifest: parameters, inputs, counts. Plain data.
-
-        Returns
-        -------
-        dict
-            The manifest.
-        """
-        names = [name for name in self._names if (self._folder / name).exists()]
-        files = {name: {"bytes": (self._folder / name).stat().st_size, "xxh3_128": checksum(self._folder / name)}
-                 for name in names}  # fmt: skip
-        manifest = {"salience": __version__, **record, "files": files}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
-        final = self.path.with_name(self.path.name + MANIFEST)
-        written = self._folder / final.name
-        written.write_text(text, encoding="utf-8")
-        final.unlink(missing_ok=True)  # a manifest never describes files other than those beside it
-        self.path.with_name(self.path.name + QUARANTINE).unlink(missing_ok=True)
-        for name in [name for name in names if name != self.path.name] + [self.path.name]:
-            if name in files:
-                _sync(self._folder / name)
-                os.replace(self._folder / name, self.path.parent / name)
-        os.replace(written, final)
-        self.discard()
-        return manifest
-
-    def discard(self) -> None:
-        """Remove the temporaries."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-
-
-def checksum(path: Path) -> str:
-    """xxh3-128 of a file, as 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 class RecordWriter:
