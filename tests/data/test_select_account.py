@@ -202,8 +202,10 @@ def test_the_manifest_tells_what_was_done(pool: tuple[Path, Path], tmp_path: Pat
     assert manifest["counts"] == {
         "read": 136, "selected": 20, "not_selected": 115, "too_short": 0, "blank": 0, "quarantined": 1,
     }  # fmt: skip
-    assert manifest["parameters"]["random_state"] == 5 and manifest["parameters"]["hold_out"] == 0.2
-    assert [entry["file"] for entry in manifest["raw"]] == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    scoring, choice = manifest["facts"]["scoring"], manifest["facts"]["choice"]
+    assert scoring["parameters"]["random_state"] == 5 and scoring["parameters"]["hold_out"] == 0.2
+    assert list(scoring["raw"]["files"]) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"] and choice["count"] == 20
+    assert set(manifest["digests"]) == {"raw", "target 0"} and choice["method"] == "dsir"
     assert manifest["proof"]["verdict"] == result.proof.verdict and manifest["proof"]["better"] == result.proof.better
     for name, entry in manifest["files"].items():
         assert checksum(tmp_path / name) == entry["xxh3_128"]

@@ -281,7 +281,7 @@ def test_methods_differ_as_they_should(pool: tuple[Path, Path], tmp_path: Path) 
         result = select(*pool, out, count=30, method=method)
         shares[method] = share_of(SEA, texts_of(out))
         baselines[method] = {item.baseline for item in result.proof.comparisons}
-        assert result.manifest["method"] == method
+        assert result.manifest["facts"]["choice"]["method"] == method
     assert shares["dsir"] == 1.0 and shares["heuristic"] > 0.6 and 0.1 < shares["random"] < 0.6
     assert baselines == {
         "dsir": {"random", "heuristic"}, "heuristic": {"random", "dsir"}, "random": {"random", "heuristic", "dsir"},
