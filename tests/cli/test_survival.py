@@ -186,9 +186,11 @@ def test_two_runs_do_not_write_one_output(folder: Path) -> None:
     clean(folder)
     first = start(folder)
     wait_for_partial(folder, first)
+    first.send_signal(signal.SIGSTOP)
     second = start(folder, "--resume")
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2 and "another run is at work in" in err
+    first.send_signal(signal.SIGCONT)
     first.communicate(timeout=60)
     assert first.returncode == 0 and state(folder) == "4000 lines"
 

@@ -29,7 +29,7 @@ from salience.data.proof import Proof, prove
 from salience.data.text_passes import METHODS, Progress, TextPasses, kept_beside
 from salience.data.text_stages import KINDS
 from salience.errors import InputError, NothingToDo, SalienceError
-from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, write_quarantine
+from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
 from salience.io.ledger import differences, some
 from salience.scores import Scores
 
@@ -177,6 +177,7 @@ def select_text(
     with Output(out, overwrite, [raw, *targets]) as output:
         writer = RecordWriter(output.file(), os.path.basename(out), raw)
         with _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing:
+            output.sweep()
             run.scoring = run.choosing
             if from_scores is not None:
                 run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
@@ -234,6 +235,7 @@ def score_text(
         refuse_finished(out, facts, run)
     with Output(out, overwrite, [raw, *targets], folder=True) as output:
         with _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring:
+            output.sweep()
             run.read_targets()
             run.survey()
             run.fit()
@@ -292,8 +294,6 @@ def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: Tex
     InputError
         It is of another run.
     """
-    from salience.io import verify_output
-
     manifest = verify_output(out).manifest
     changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
     if not changes and manifest["digests"] != run.digests():
@@ -306,7 +306,8 @@ def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: Tex
 def _named(part: tuple[Unit, dict[str, np.ndarray]]) -> tuple[pa.Array, np.ndarray]:
     unit, weighed = part
     rows = pa.array(weighed["rows"]).cast(pa.large_string())
-    return pc.binary_join_element_wise(pa.scalar(unit.source.name, pa.large_string()), rows, ":"), weighed["sums"][:, 0]
+    name, colon = (pa.scalar(text, pa.large_string()) for text in (unit.source.name, ":"))
+    return pc.binary_join_element_wise(name, rows, colon), weighed["sums"][:, 0]
 
 
 def _digest(scores: Scores) -> str:

@@ -8,6 +8,7 @@ out.jsonl.quarantine.jsonl  records that could not be read, if any
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -123,6 +124,12 @@ class Output:
         if self.path.exists():
             os.rename(self.path, self._folder / _ASIDE)
         os.rename(self.folder, self.path)
+
+    def sweep(self) -> None:
+        """Remove the temporaries of killed runs; only for one that makes sure that no other run writes this output."""
+        for path in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"):
+            if path != self._folder:
+                shutil.rmtree(path, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the temporaries; an old folder that was moved aside for nothing gets its name back."""
