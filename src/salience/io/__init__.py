@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
+    from salience.io.verify import Verification, verify_output
     from salience.io.writer import RecordWriter, write_quarantine
 
 _WHERE = {
@@ -20,6 +21,7 @@ _WHERE = {
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine",
     "Output": "output", "checksum": "output",
+    "Verification": "verify", "verify_output": "verify",
     "RecordWriter": "writer", "write_quarantine": "writer",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
@@ -32,6 +34,7 @@ __all__ = [
     "Source",
     "Tally",
     "Unit",
+    "Verification",
     "available_cores",
     "checksum",
     "gumbel",
@@ -40,6 +43,7 @@ __all__ = [
     "peek",
     "read",
     "uniform",
+    "verify_output",
     "write_quarantine",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
