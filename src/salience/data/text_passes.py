@@ -235,8 +235,12 @@ class TextPasses:
 
     def digests(self) -> dict[str, str]:
         """xxh3-128 of the bytes that were read of the raw corpus and of every target."""
-        stages = {"raw": "count"} | {f"target {number}": f"targets-{number}" for number in range(len(self.targets))}
-        return {name: self.scoring.digest(stage) for name, stage in stages.items()}
+        stages = ["count", *(f"targets-{number}" for number in range(len(self.targets)))]
+        return {name: self.scoring.digest(stage) for name, stage in zip(self.corpora(), stages)}
+
+    def corpora(self) -> dict[str, Corpus]:
+        """All that is read, by name."""
+        return {"raw": self.raw} | {f"target {number}": target for number, target in enumerate(self.targets)}
 
 
 def described(corpus: Corpus) -> dict[str, Any]:

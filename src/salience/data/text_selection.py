@@ -30,7 +30,7 @@ from salience.data.text_passes import METHODS, Progress, TextPasses, kept_beside
 from salience.data.text_stages import KINDS
 from salience.errors import InputError, NothingToDo, SalienceError
 from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
-from salience.io.ledger import differences, some
+from salience.io.ledger import corpus_digest, differences, some
 from salience.scores import Scores
 
 TELLING = 20
@@ -172,8 +172,7 @@ def select_text(
         "scores": None if scores is None else _digest(scores),
     }  # fmt: skip
     facts = {"scoring": run.scoring_facts(), "choice": choice}
-    if resume and os.path.exists(out):
-        refuse_finished(out, facts, run)
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
     with Output(out, overwrite, [raw, *targets]) as output:
         writer = RecordWriter(output.file(), os.path.basename(out), raw)
         with _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing:
@@ -231,8 +230,7 @@ def score_text(
         raise InputError("scores of separate targets are several per document; score one target at a time")
     run = TextPasses(raw, targets, model, hold_out=hold_out, compare=False, engine=engine, progress=progress)
     facts = {"scoring": run.scoring_facts()}
-    if resume and os.path.exists(out):
-        refuse_finished(out, facts, run)
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
     with Output(out, overwrite, [raw, *targets], folder=True) as output:
         with _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring:
             output.sweep()
@@ -286,18 +284,26 @@ def _ledger(folder: Path, facts: dict[str, Any], resume: bool, overwrite: bool) 
     ledger.remove()
 
 
-def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: TextPasses) -> None:
-    """Raise `AlreadyDone` if `out` is what a run with these facts and these input bytes wrote.
+def _is_unfinished(out: str | os.PathLike[str], facts: dict[str, Any], run: TextPasses) -> bool:
+    """Whether a run was interrupted: then what stands under its output's name is old, or its own without a manifest.
 
     Raises
     ------
+    AlreadyDone
+        `out` is what a run with these facts and these input bytes wrote.
     InputError
-        It is of another run.
+        It is of another run, or damaged.
     """
-    manifest = verify_output(out).manifest
+    if kept_beside(out).exists() or not os.path.exists(out):
+        return True
+    verified = verify_output(out)
+    if not verified.ok:
+        raise InputError(f"output {out} is not as it was written (salience verify output {out}); --overwrite replaces it")
+    manifest = verified.manifest
     changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
-    if not changes and manifest["digests"] != run.digests():
-        changes = ["the bytes of " + ", ".join(n for n, d in run.digests().items() if manifest["digests"][n] != d)]
+    if not changes:
+        now = {name: corpus_digest(corpus, run.model.workers) for name, corpus in run.corpora().items()}
+        changes = [f"the bytes of {name} have changed" for name in now if now[name] != manifest["digests"][name]]
     if changes:
         raise InputError(f"output {out} is of another run: {some(changes)}. --overwrite replaces it")
     raise AlreadyDone(f"{out} is complete already", manifest)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
+    from salience.io.verify import Verification, verify_output
     from salience.io.writer import RecordWriter, records_of, write_quarantine
 
 _WHERE = {
@@ -23,6 +24,7 @@ _WHERE = {
     "Ledger": "ledger",
     "Output": "output", "checksum": "output",
     "RecordWriter": "writer", "records_of": "writer", "write_quarantine": "writer",
+    "Verification": "verify", "verify_output": "verify",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Source",
     "Tally",
     "Unit",
+    "Verification",
     "available_cores",
     "checksum",
     "connect_ray",
@@ -45,6 +48,7 @@ __all__ = [
     "read",
     "records_of",
     "uniform",
+    "verify_output",
     "write_quarantine",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from salience.errors import DataError, InputError
-from salience.io.corpus import Unit
+from salience.io.corpus import Corpus, Unit
 from salience.io.engine import map_units
 from salience.io.pack import pack, unpack
 
@@ -157,8 +157,7 @@ class Ledger:
 
     def digest(self, stage: str) -> str:
         """xxh3-128 of the digests of all units of a finished stage, in order."""
-        digests = [entry.digest for _, entry in sorted(self._entries[stage].items())]
-        return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+        return _joined([entry.digest for _, entry in sorted(self._entries[stage].items())])
 
     def files(self) -> list[Path]:
         """What the ledger consists of on the disk."""
@@ -271,6 +270,15 @@ def some(changes: Sequence[str]) -> str:
 
 def _shown(value: Any) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def corpus_digest(corpus: Corpus, workers: int | None = None) -> str:
+    """What `Ledger.digest` gives for a stage over all units of a corpus."""
+    return _joined([digest for _, digest in map_units(unit_digest, corpus.units, workers=workers)])
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
 
 
 def _place(unit: Unit) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from salience.errors import InputError
 from salience.io.corpus import MANIFEST, QUARANTINE, Corpus, check_name
 from salience.io.manifest import IN_FOLDER, checksum_of, manifest_text, parse_manifest, unlisted
+from salience.io.place import LocalPlace
 
 _ASIDE = "replaced"  # where an old folder waits, in the temporary one, until the new one stands
 
@@ -97,7 +98,7 @@ class Output:
             The manifest.
         """
         files = {name: {"bytes": (self.folder / name).stat().st_size, "xxh3_128": checksum(self.folder / name)}
-                 for name in files_of(self.folder)}  # fmt: skip
+                 for name in LocalPlace(self.folder).names()}  # fmt: skip
         written = self.folder / (IN_FOLDER if self._is_folder else self.path.name + MANIFEST)
         written.write_text(manifest_text(record, files), encoding="utf-8")
         manifest = parse_manifest(written.read_bytes())
@@ -152,12 +153,6 @@ def checksum(path: Path) -> str:
         return checksum_of(file)
 
 
-def files_of(folder: Path) -> list[str]:
-    """All files below a folder, as paths relative to it with forward slashes, sorted."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
 def _check_kind(path: Path, folder: bool) -> None:
     if folder and path.exists() and not path.is_dir():
         raise InputError(f"output {path} is a file; name a folder")
@@ -181,7 +176,7 @@ def _check_inputs(path: Path, inputs: Sequence[Corpus | str | os.PathLike[str]],
 
 def _check_ours(folder: Path) -> None:
     """Refuse to replace a folder unless all that it holds was written by us."""
-    names = files_of(folder)
+    names = LocalPlace(folder).names()
     if not names:
         return
     try:
