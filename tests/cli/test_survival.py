@@ -126,7 +126,12 @@ def kill_and_resume(folder: Path, duration: float, expected: dict[str, bytes], t
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert {name: (folder / name).read_bytes() for name in expected} == expected
-        assert {path.name for path in folder.iterdir()} <= {*expected, "out.jsonl.report.html", "raw.jsonl", "target.jsonl"}
+        assert {path.name for path in folder.iterdir()} <= {
+            *expected,
+            "out.jsonl.report.html",
+            "raw.jsonl",
+            "target.jsonl",
+        }
     assert seen <= {"absent", "4000 lines"} and "absent" in seen
 
 
@@ -158,8 +163,12 @@ def test_interrupts_exit_130_and_can_be_resumed(
 def test_a_resumed_run_must_be_the_same(folder: Path, duration: float, expected: dict[str, bytes]) -> None:
     """Other parameters and other bytes are told; the ledger stays for the run that it belongs to."""
     clean(folder)
-    kill_at(folder, 0.7 * duration, signal.SIGKILL)
-    assert (folder / LEDGER).exists()
+    process = start(folder)
+    wait_for_partial(folder, process)
+    while not (folder / LEDGER / "count.log").exists() or not (folder / LEDGER / "count.log").stat().st_size:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
     for arguments, said in (
         (["--count", "4001"], "choice count was 4000 and is 4001"),
         (["--seed", "1"], "scoring parameters random_state was 0 and is 1"),

@@ -121,8 +121,8 @@ def select_text(
 ) -> TextSelection:
     """Choose documents of `raw` that are like `targets` and write their records to `out`.
 
-    Finished units are kept in a ledger beside the output until the run is done: a run that was killed goes on from there
-    with ``resume=True``, and gives the same bytes.
+    Finished units are kept in a ledger beside the output until the run is done: a run that was killed goes on from
+    there with ``resume=True``, and gives the same bytes.
 
     Parameters
     ----------
@@ -173,23 +173,25 @@ def select_text(
     }  # fmt: skip
     facts = {"scoring": run.scoring_facts(), "choice": choice}
     overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
-    with Output(out, overwrite, [raw, *targets]) as output:
+    with (
+        Output(out, overwrite, [raw, *targets]) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing,
+    ):
+        output.sweep()
         writer = RecordWriter(output.file(), os.path.basename(out), raw)
-        with _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing:
-            output.sweep()
-            run.scoring = run.choosing
-            if from_scores is not None:
-                run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
-            run.read_targets()
-            run.survey()
-            run.fit()
-            wanted = count if count is not None else max(1, round((fraction or 0) * run.tally.documents))
-            run.draw(name, wanted, top_k, scores)
-            run.copy(writer)
-            if run.tally.bad or run.target_tally.bad:
-                write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
-            result = _result(run, os.fspath(out))
-            result.manifest = output.commit(_record("select text", run, facts, result.counts, result.proof))
+        run.scoring = run.choosing
+        if from_scores is not None:
+            run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
+        run.read_targets()
+        run.survey()
+        run.fit()
+        wanted = count if count is not None else max(1, round((fraction or 0) * run.tally.documents))
+        run.draw(name, wanted, top_k, scores)
+        run.copy(writer)
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        result = _result(run, os.fspath(out))
+        result.manifest = output.commit(_record("select text", run, facts, result.counts, result.proof))
     return result
 
 
@@ -231,21 +233,23 @@ def score_text(
     run = TextPasses(raw, targets, model, hold_out=hold_out, compare=False, engine=engine, progress=progress)
     facts = {"scoring": run.scoring_facts()}
     overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
-    with Output(out, overwrite, [raw, *targets], folder=True) as output:
-        with _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring:
-            output.sweep()
-            run.read_targets()
-            run.survey()
-            run.fit()
-            counts = {name: getattr(run.tally, name) for name in ("read", "documents", "blank", "quarantined")}
-            provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
-            Scores.save_parts(output.file("scores.parquet"), map(_named, run.weighed()), "sample", provenance)
-            model.save(output.file("model.safetensors"))
-            if run.tally.bad or run.target_tally.bad:
-                write_quarantine(output.file("quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
-            for path in run.scoring.files():
-                _link(path, output.file(path.name))
-            return output.commit(_record("select text --scores-only", run, facts, counts, None))
+    with (
+        Output(out, overwrite, [raw, *targets], folder=True) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring,
+    ):
+        output.sweep()
+        run.read_targets()
+        run.survey()
+        run.fit()
+        counts = {name: getattr(run.tally, name) for name in ("read", "documents", "blank", "quarantined")}
+        provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
+        Scores.save_parts(output.file("scores.parquet"), map(_named, run.weighed()), "sample", provenance)
+        model.save(output.file("model.safetensors"))
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file("quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        for path in run.scoring.files():
+            _link(path, output.file(path.name))
+        return output.commit(_record("select text --scores-only", run, facts, counts, None))
 
 
 def _link(path: Path, to: Path) -> None:
@@ -298,7 +302,9 @@ def _is_unfinished(out: str | os.PathLike[str], facts: dict[str, Any], run: Text
         return True
     verified = verify_output(out)
     if not verified.ok:
-        raise InputError(f"output {out} is not as it was written (salience verify output {out}); --overwrite replaces it")
+        raise InputError(
+            f"output {out} is not as it was written (salience verify output {out}); --overwrite replaces it"
+        )
     manifest = verified.manifest
     changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
     if not changes:

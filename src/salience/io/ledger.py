@@ -292,8 +292,8 @@ def _place(unit: Unit) -> str:
 def unit_digest(unit: Unit) -> str:
     """xxh3-128 of the bytes of a unit, as 32 hexadecimal digits.
 
-    Of a compressed file all bytes count; of a remote one the version that its store names, as reading it once more would
-    cost as much as the run.
+    Of a compressed file all bytes count; of a remote one the version that its store names, as reading it once more
+    would cost as much as the run.
     """
     source = unit.source
     if source.table is not None:
