@@ -173,7 +173,7 @@ def test_a_resumed_run_must_be_the_same(folder: Path, duration: float, expected:
         (["--count", "4001"], "choice count was 4000 and is 4001"),
         (["--seed", "1"], "scoring parameters random_state was 0 and is 1"),
         (["--smoothing", "1"], "scoring parameters smoothing was 0.0 and is 1.0"),
-        (["--target", "raw.jsonl"], "scoring target 0 files raw.jsonl was absent"),
+        (["--target", "raw.jsonl"], "scoring target 0 files target.jsonl was"),
     ):
         process = start(folder, "--resume", *arguments)
         _, err = process.communicate(timeout=60)

@@ -31,6 +31,7 @@ from salience.data.text_stages import KINDS
 from salience.errors import InputError, NothingToDo, SalienceError
 from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
 from salience.io.ledger import corpus_digest, differences, some
+from salience.io.place import exists
 from salience.scores import Scores
 
 TELLING = 20
@@ -178,7 +179,7 @@ def select_text(
         _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing,
     ):
         output.sweep()
-        writer = RecordWriter(output.file(), os.path.basename(out), raw)
+        writer = RecordWriter(output.file(), os.path.basename(os.fspath(out)), raw)
         run.scoring = run.choosing
         if from_scores is not None:
             run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
@@ -298,7 +299,7 @@ def _is_unfinished(out: str | os.PathLike[str], facts: dict[str, Any], run: Text
     InputError
         It is of another run, or damaged.
     """
-    if kept_beside(out).exists() or not os.path.exists(out):
+    if kept_beside(out).exists() or not exists(out):
         return True
     verified = verify_output(out)
     if not verified.ok:

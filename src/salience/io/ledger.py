@@ -70,7 +70,7 @@ class Ledger:
             raise InputError(
                 f"an interrupted run is kept in {folder}; pass --resume to finish it, or --overwrite to start again"
             )
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._set(folder, facts, kinds)
         self._hold()
         if not resume:
@@ -301,6 +301,8 @@ def unit_digest(unit: Unit) -> str:
         with pa.ipc.new_stream(sink, source.table.schema) as stream:
             stream.write_table(source.table.slice(unit.start, unit.stop - unit.start))
         return xxhash.xxh3_128_hexdigest(sink.getvalue())
+    if source.is_remote:
+        return xxhash.xxh3_128_hexdigest(f"{source.version} {unit.start} {unit.stop}".encode())
     start, stop = _bytes_of(unit)
     digest = xxhash.xxh3_128()
     with open(source.path, "rb") as file:

@@ -18,9 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
+import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from salience.errors import DataError, nearest
+from salience.io.remote import open_url
 
 if TYPE_CHECKING:
     from salience.io.corpus import Source
@@ -64,8 +66,15 @@ def check_column(where: str, names: Sequence[str], text: str) -> None:
 def open_bytes(source: Source) -> BinaryIO:
     """Open a file for reading its decompressed bytes."""
     if source.compression is None:
-        return open(source.path, "rb")
-    return pa.CompressedInputStream(pa.OSFile(source.path), source.compression)
+        return open_url(source.path, source.version) if source.is_remote else open(source.path, "rb")
+    file = open_url(source.path, source.version) if source.is_remote else pa.OSFile(source.path)
+    return pa.CompressedInputStream(file, source.compression)
+
+
+def open_parquet(source: Source) -> pq.ParquetFile:
+    """Open a Parquet file; the checksums of its pages are compared as they are read."""
+    file = open_url(source.path, source.version) if source.is_remote else source.path
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 # --- splitting ----------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class RemotePlace:
     """Files below a URL."""
 
     def __init__(self, root: str) -> None:
-        self._root = root.rstrip("/")
+        self._root = root
 
     def size(self, name: str) -> int | None:
         found = remote.look_up(self.where(name))
@@ -60,11 +60,7 @@ class RemotePlace:
         return remote.open_url(self.where(name))
 
     def names(self) -> list[str]:
-        there = remote.look_up(self._root)
-        if there is None:
-            return []
-        prefix = there.url.rstrip("/") + "/"  # as the store spells it
-        return sorted(found.url.removeprefix(prefix) for found in remote.below(self._root))
+        return sorted(found.url.removeprefix(f"{self._root}/") for found in remote.below(self._root))
 
     def where(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -80,7 +76,20 @@ def place_of(path: str | os.PathLike[str]) -> tuple[Place, str, bool]:
         there = remote.look_up(url)
         if there is not None and there.is_folder:
             return RemotePlace(url), "", True
-        parent, _, name = url.rstrip("/").rpartition("/")
+        parent, _, name = url.rpartition("/")
         return RemotePlace(parent), name, False
     local = Path(os.path.abspath(path))
     return (LocalPlace(local), "", True) if local.is_dir() else (LocalPlace(local.parent), local.name, False)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something stands under a path or URL."""
+    url = remote.url_of(path)
+    return os.path.exists(path) if url is None else remote.look_up(url) is not None
+
+
+def home() -> Path:
+    """The user's folder: ``$SALIENCE_HOME``, or ``salience`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("SALIENCE_HOME"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salience"

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, cast
 
@@ -40,18 +41,33 @@ class Found(NamedTuple):
     is_folder: bool = False
 
 
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL; a `Path` has swallowed one slash of it."""
+    found = _URL.match(os.fspath(path))
+    return found is not None and (bool(found[2]) or isinstance(path, os.PathLike))
+
+
 def url_of(path: str | os.PathLike[str]) -> str | None:
-    """The URL that a path is, or None for a local path; a `Path` has swallowed one slash of its URL."""
-    text = os.fspath(path)
-    found = _URL.match(text)
-    if found is None or not (found[2] or isinstance(path, os.PathLike)):
+    """The URL that a path is, as its store spells it (without a slash at its end), or None for a local path.
+
+    Raises
+    ------
+    InputError
+        A chain of URLs, a local file, or a kind of store that is not known.
+    MissingExtra
+        The package for this store is not installed.
+    """
+    if not is_url(path):
         return None
-    url = text if found[2] else f"{found[1]}://{text[found.end() :]}"
+    scheme, _, rest = os.fspath(path).partition(":/")
+    url = f"{scheme.lower()}://{rest.removeprefix('/')}"
     if "::" in url:
         raise InputError(f"{url} is a chain of URLs; name one file, folder or glob of one store")
-    if url.startswith("file://"):
-        raise InputError(f"{url} is a local file; name its path, without file://")
-    return url
+    if scheme.lower() in ("file", "local"):
+        raise InputError(f"{url} is a local file; name its path, without {scheme}://")
+    with _asking(url):
+        store, path = _store(url)
+        return store.unstrip_protocol(path)
 
 
 def look_up(url: str) -> Found | None:
@@ -183,8 +199,11 @@ def _found(store: AbstractFileSystem, info: dict) -> Found:
         return Found(url, 0, "", is_folder=True)
     if info.get("size") is None:
         raise DataError(f"{url} cannot be read in parts: its store does not tell its size")
-    version = next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key)), "")
-    return Found(url, info["size"], version)
+    key = next((key for key in _VERSIONS if info.get(key)), "")
+    value = info.get(key, "")
+    if isinstance(value, datetime):  # as a store tells a file, where its listings tell a number of seconds
+        value = value.timestamp()
+    return Found(url, info["size"], f"{key} {value}".strip())
 
 
 @contextmanager
