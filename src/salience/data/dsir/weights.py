@@ -29,6 +29,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from salience.data.dsir.features import HashedNgrams
+from salience.data.dsir.kernels import count_ids
 from salience.data.dsir.resample import Chosen, TopK, check_count, quotas, take
 from salience.errors import DataError, InputError
 from salience.io import Corpus, Tally, Unit, gumbel, map_units, read
@@ -346,7 +347,7 @@ def add_counts(counts: Int[np.ndarray, " num_buckets"], buckets: Any, limit: int
     last = len(buckets.tokens)
     if limit is not None:
         last = min(last, int(np.searchsorted(held + buckets.offsets[1:], limit, side="right")) + 1)
-    counts += np.bincount(buckets.ids[: buckets.offsets[last]], minlength=len(counts))
+    count_ids(buckets.ids[: buckets.offsets[last]], counts)
 
 
 def log_ratio(
