@@ -14,21 +14,30 @@ from salience.data.dsir.tokens import load_word, split
 
 MEMO_BITS = 20
 _A, _B, _C = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-_ALL, _HALF = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(32)
+_HALF, _MASKS = np.uint64(32), np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
 
 @numba.njit(nogil=True, cache=True)
-def _fingerprint(low, at, length):
-    """Fingerprint of a token, eight bytes at a time; its length tells "a" from "a" and a zero byte."""
-    key = np.uint64(length) * _A
-    while length > 8:
-        key = (key ^ load_word(low, at)) * _B
-        key ^= key >> _HALF
-        at, length = at + 8, length - 8
-    word = load_word(low, at) & (_ALL >> np.uint64(64 - 8 * length))
-    key = (key ^ word) * _B
-    key = (key ^ key >> _HALF) * _C
-    return key ^ key >> _HALF
+def _bytes(low, at, count):
+    """The first `count` of the eight bytes at `at`; none for a `count` below 0."""
+    return load_word(low, at) & _MASKS[min(max(count, 0), 8)]
+
+
+@numba.njit(nogil=True, cache=True)
+def _fingerprint(low, starts, stops, count, keys, grams):
+    """Fingerprints of tokens, twice; their lengths tell "a" from "a" and a zero byte.
+
+    Two words are always read, as few tokens are longer: a loop over words would be foreseen wrongly every tenth time.
+    """
+    for t in range(count):
+        at = starts[t]
+        length = stops[t] - at
+        key = (np.uint64(length) * _A ^ _bytes(low, at, length)) * _B
+        key = (key ^ key >> _HALF ^ _bytes(low, at + 8, length - 8)) * _C
+        while length > 16:
+            at, length = at + 8, length - 8
+            key = (key ^ key >> _HALF ^ _bytes(low, at + 8, length - 8)) * _B
+        keys[t] = grams[t] = key ^ key >> _HALF
 
 
 @numba.njit(nogil=True, cache=True)
@@ -43,8 +52,8 @@ def _lengthen(grams, keys):
 def _keys(data, here, stop, characters, low, kind, starts, stops, keys, grams):
     """Split a document; its tokens' fingerprints, twice. Gives their number, or -1 (see split)."""
     count = split(data, here, stop, characters, low, kind, starts, stops)
-    for t in range(count):
-        keys[t] = grams[t] = _fingerprint(low, starts[t], stops[t] - starts[t])
+    if count > 0:
+        _fingerprint(low, starts, stops, count, keys, grams)
     return count
 
 
@@ -96,7 +105,7 @@ def exact_buckets(
     memo, message,
 ):  # fmt: skip
     """SHA-256 modulo the number of buckets, hashing only n-grams that are not in the memo."""
-    written, shift, schedule = 0, np.uint64(64 - MEMO_BITS), np.empty(64, np.uint32)
+    written, shift = 0, np.uint64(64 - MEMO_BITS)
     for d in range(len(tokens)):
         count = _keys(data, offsets[d], offsets[d + 1], characters, low, kind, starts, stops, keys, grams)
         for size in range(1, min(ngrams, count) + 1):
@@ -107,7 +116,7 @@ def exact_buckets(
                 slot = grams[t] >> shift
                 if memo[slot, 0] != grams[t]:
                     length = _write(low, starts, stops, t, t + size, message)
-                    memo[slot, 1] = sha256_mod(message, length, num_buckets, schedule)
+                    memo[slot, 1] = sha256_mod(message, length, num_buckets)
                     memo[slot, 0] = grams[t]
                 ids[written + t] = memo[slot, 1]
             written += found

@@ -13,10 +13,8 @@ import re
 import numba
 import numpy as np
 from jaxtyping import UInt32
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+
+from salience.data.dsir.words import equal, load_word, lowest_bit
 
 _SPACE, _WORD, _OTHER = 0, 1, 2
 _SIGMA, _DOTTED_I = 0x3A3, 0x130
@@ -37,46 +35,6 @@ def characters() -> UInt32[np.ndarray, " 1114112"]:
     table = np.zeros(0x110000, dtype=np.uint32)
     table[points] = np.frombuffer(lowered.encode("utf-32-le"), np.uint32) * 4 + kind
     return table
-
-
-# --- machine words ------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def load_word(_, array, at):
-    """Bytes at .. at + 8 as one unaligned, little-endian word: NumPy has no such view."""
-
-    def generate(context, builder, signature, arguments):
-        data = make_array(signature.args[0])(context, builder, arguments[0]).data
-        pointer = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(64).as_pointer())
-        return builder.load(pointer, align=1)
-
-    return types.uint64(array, types.int64), generate
-
-
-@intrinsic
-def _equal(_, array, at, value):
-    """Bit i of the word tells whether byte at + i is `value`: 64 comparisons in a few instructions."""
-
-    def generate(context, builder, signature, arguments):
-        data = make_array(signature.args[0])(context, builder, arguments[0]).data
-        vector, zero = ir.VectorType(ir.IntType(8), 64), ir.Constant(ir.VectorType(ir.IntType(32), 64), None)
-        block = builder.load(builder.bitcast(builder.gep(data, [arguments[1]]), vector.as_pointer()), align=1)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
-        same = builder.icmp_unsigned("==", block, builder.shuffle_vector(one, one, zero))
-        return builder.bitcast(same, ir.IntType(64))
-
-    return types.uint64(array, types.int64, types.uint8), generate
-
-
-@intrinsic
-def _lowest_bit(_, word):
-    """Number of the lowest bit that is set."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), generate
 
 
 # --- lower-case and classes ---------------------------------------------------------------------------------
@@ -187,7 +145,7 @@ def _tokens(kind, length, starts, stops):
     word_before, other_before = np.uint64(0), np.uint64(0)  # whether the byte before this block is of the class
     one, last = np.uint64(1), np.uint64(63)
     for at in range(0, length + 1, 64):
-        word, other = _equal(kind, at, np.uint8(_WORD)), _equal(kind, at, np.uint8(_OTHER))
+        word, other = equal(kind, at, np.uint8(_WORD)), equal(kind, at, np.uint8(_OTHER))
         word_shifted, other_shifted = word << one | word_before, other << one | other_before
         word_before, other_before = word >> last, other >> last
         begun = _append(starts, begun, at, (word & ~word_shifted) | (other & ~other_shifted))
@@ -204,11 +162,11 @@ def _append(positions, count, at, word):
     """
     more = count
     for slot in range(16):
-        positions[count + slot] = at + _lowest_bit(word)
+        positions[count + slot] = at + lowest_bit(word)
         more += word != 0
         word &= word - np.uint64(1)
     while word:
-        positions[more] = at + _lowest_bit(word)
+        positions[more] = at + lowest_bit(word)
         more += 1
         word &= word - np.uint64(1)
     return more
