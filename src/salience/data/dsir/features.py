@@ -15,6 +15,7 @@ section 4; bucket numbers as in the official package `data-selection` 1.0.3.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
@@ -166,7 +167,6 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self._arrays: dict[str, np.ndarray] = {}
-        self._memo_buckets = 0
 
     def take(self, name: str, size: int, dtype: type[np.generic]) -> np.ndarray:
         """An array of at least this size, that holds anything."""
@@ -175,15 +175,14 @@ class _Scratch(threading.local):
             held = self._arrays[name] = np.zeros(size, dtype)
         return held
 
-    def memo(self, num_buckets: int) -> UInt64[np.ndarray, "slots 2"]:
-        """Fingerprint and bucket of n-grams hashed before, direct-mapped: 16 MB."""
-        memo = self.take("memo", 2 << kernels.MEMO_BITS, np.uint64).reshape(-1, 2)
-        if self._memo_buckets != num_buckets:
-            memo[:], self._memo_buckets = 0, num_buckets
-        return memo
-
 
 _scratch = _Scratch()
+
+
+@functools.lru_cache(maxsize=2)
+def _memo(num_buckets: int) -> UInt64[np.ndarray, " entries"]:
+    """Buckets of n-grams hashed before, for all threads: 8 MB (see `kernels.exact_buckets`)."""
+    return np.zeros(1 << 20, np.uint64)
 
 
 def _id_type(num_buckets: int) -> type[np.generic]:
@@ -220,7 +219,7 @@ def _hash(texts: pa.Array | Sequence[str], ngrams: int, num_buckets: int, mode: 
         kernels.fast_buckets(*given, num_buckets, *filled)
     else:
         message = take("message", 4 * widest, np.uint8)
-        kernels.exact_buckets(*given, num_buckets, *filled, _scratch.memo(num_buckets), message)
+        kernels.exact_buckets(*given, num_buckets, *filled, _memo(num_buckets), message)
     buckets = Buckets(ids[: id_offsets[-1]].copy(), id_offsets, lengths)
     left = np.flatnonzero(lengths < 0)
     if not len(left):

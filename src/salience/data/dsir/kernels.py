@@ -10,9 +10,9 @@ import numba
 import numpy as np
 
 from salience.data.dsir.sha256 import sha256_mod
-from salience.data.dsir.tokens import load_word, split
+from salience.data.dsir.tokens import split
+from salience.data.dsir.words import load_shared, load_word, store_shared
 
-MEMO_BITS = 20
 _A, _B, _C = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _HALF, _MASKS = np.uint64(32), np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
@@ -104,8 +104,13 @@ def exact_buckets(
     data, offsets, characters, ngrams, num_buckets, low, kind, starts, stops, keys, grams, ids, id_offsets, tokens,
     memo, message,
 ):  # fmt: skip
-    """SHA-256 modulo the number of buckets, hashing only n-grams that are not in the memo."""
-    written, shift = 0, np.uint64(64 - MEMO_BITS)
+    """SHA-256 modulo the number of buckets.
+
+    `memo` remembers n-grams hashed before, by all threads. An entry is one word, so that none is ever seen half written:
+    the upper bits of the fingerprint, whose lower bits say where it stands, and the bucket. More buckets than it has
+    entries would not fit: then all n-grams are hashed.
+    """
+    written, slots, fits = 0, np.uint64(len(memo) - 1), num_buckets <= len(memo)
     for d in range(len(tokens)):
         count = _keys(data, offsets[d], offsets[d + 1], characters, low, kind, starts, stops, keys, grams)
         for size in range(1, min(ngrams, count) + 1):
@@ -113,12 +118,14 @@ def exact_buckets(
             if size > 1:
                 _lengthen(grams[:found], keys[size - 1 : count])
             for t in range(found):
-                slot = grams[t] >> shift
-                if memo[slot, 0] != grams[t]:
-                    length = _write(low, starts, stops, t, t + size, message)
-                    memo[slot, 1] = sha256_mod(message, length, num_buckets)
-                    memo[slot, 0] = grams[t]
-                ids[written + t] = memo[slot, 1]
+                slot = np.int64(grams[t] & slots)
+                entry = load_shared(memo, slot)
+                bucket = entry & slots
+                if not fits or (entry ^ grams[t]) > slots:
+                    bucket = sha256_mod(message, _write(low, starts, stops, t, t + size, message), num_buckets)
+                    if fits:
+                        store_shared(memo, slot, (grams[t] & ~slots) | bucket)
+                ids[written + t] = bucket
             written += found
         id_offsets[d + 1], tokens[d] = written, count
 

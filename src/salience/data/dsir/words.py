@@ -49,3 +49,26 @@ def lowest_bit(_, word):
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(types.uint64), generate
+
+
+@intrinsic
+def load_shared(_, array, at):
+    """Element of an array of words that other threads write meanwhile: old or new, never half of each."""
+
+    def generate(context, builder, signature, arguments):
+        place = pointer(context, builder, signature.args[0], *arguments, ir.IntType(64))
+        return builder.load_atomic(place, "monotonic", 8)
+
+    return types.uint64(array, types.int64), generate
+
+
+@intrinsic
+def store_shared(_, array, at, word):
+    """Write an element that `load_shared` reads."""
+
+    def generate(context, builder, signature, arguments):
+        place = pointer(context, builder, signature.args[0], *arguments[:2], ir.IntType(64))
+        builder.store_atomic(arguments[2], place, "monotonic", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.uint64), generate
