@@ -121,7 +121,9 @@ class HashedNgrams:
         tokens = [self.tokenizer(text.lower()) for text in strings]
         ids = [reference_buckets(words, self.ngrams, self.num_buckets) for words in tokens]
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids], dtype=np.int64)])
-        flat = np.fromiter((bucket for row in ids for bucket in row), _id_type(self.num_buckets), count=int(offsets[-1]))
+        flat = np.fromiter(
+            (bucket for row in ids for bucket in row), _id_type(self.num_buckets), count=int(offsets[-1])
+        )
         return Buckets(flat, offsets, np.array([len(words) for words in tokens], dtype=np.int64))
 
     def counts(self, text: str) -> Int[np.ndarray, " num_buckets"]:
@@ -161,6 +163,7 @@ def reference_buckets(tokens: Sequence[str], ngrams: int, num_buckets: int) -> l
 
 
 # --- the compiled kernels -----------------------------------------------------------------------------------
+
 
 class _Scratch(threading.local):
     """Arrays of this thread that are used again for every batch: fresh memory costs a page fault every 4 KiB."""

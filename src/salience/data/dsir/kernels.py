@@ -106,9 +106,9 @@ def exact_buckets(
 ):  # fmt: skip
     """SHA-256 modulo the number of buckets.
 
-    `memo` remembers n-grams hashed before, by all threads. An entry is one word, so that none is ever seen half written:
-    the upper bits of the fingerprint, whose lower bits say where it stands, and the bucket. More buckets than it has
-    entries would not fit: then all n-grams are hashed.
+    `memo` remembers n-grams hashed before, by all threads. An entry is one word, so that none is ever seen half
+    written: the upper bits of the fingerprint, whose lower bits say where it stands, and the bucket. More buckets than
+    it has entries would not fit: then all n-grams are hashed.
     """
     written, slots, fits = 0, np.uint64(len(memo) - 1), num_buckets <= len(memo)
     for d in range(len(tokens)):

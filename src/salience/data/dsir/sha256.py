@@ -78,7 +78,7 @@ def compress_portable(state, message, at):
 
 @intrinsic
 def compress_x86(_, state, message, at):
-    """The same in SHA instructions, which do two rounds each on the words in the order (f, e, b, a) and (h, g, d, c)."""
+    """The same in SHA instructions, which do two rounds each on the words (f, e, b, a) and (h, g, d, c)."""
 
     def generate(context, builder, signature, arguments):
         number, four = ir.IntType(64), ir.VectorType(ir.IntType(32), 4)

@@ -1,8 +1,8 @@
 """The compiled splitter: lower-case a document and find its tokens, many bytes at a time.
 
 Three passes, each of which the compiler turns into vector instructions or into code without unforeseeable branches:
-lower-case and classify bytes; compare the classes of 64 bytes with their neighbours' in one machine word; read off where
-tokens begin and stop.
+lower-case and classify bytes; compare the classes of 64 bytes with their neighbours' in one machine word; read off
+where tokens begin and stop.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def split(data, here, stop, characters, low, kind, starts, stops):
             length += run
         while here < stop and data[here] >= 0x80:
             point, width = _decode(data, here)
-            if point == _SIGMA or point == _DOTTED_I:
+            if point in (_SIGMA, _DOTTED_I):
                 return -1
             here += width
             end = _encode(low, length, characters[point] >> np.uint32(2))
@@ -157,8 +157,8 @@ def _tokens(kind, length, starts, stops):
 def _append(positions, count, at, word):
     """Append the positions of the bits that are set.
 
-    Sixteen slots are always written, as few blocks have more: a loop that ends at the last bit would be foreseen wrongly
-    once per block, which costs more.
+    Sixteen slots are always written, as few blocks have more: a loop that ends at the last bit would be foreseen
+    wrongly once per block, which costs more.
     """
     more = count
     for slot in range(16):

@@ -328,7 +328,8 @@ def count_ngrams(
         counts, tally = np.zeros(featurizer.num_buckets, np.int64), Tally()
         for batch in read(corpus, unit):
             tally.add(batch, max_bad)
-            add_counts(counts, featurizer(batch.text), limit)
+            if limit is None or counts.sum() <= limit:  # hash no more than is counted
+                add_counts(counts, featurizer(batch.text), limit)
         return counts, tally
 
     total, tally = np.zeros(featurizer.num_buckets, np.int64), Tally()
