@@ -11,7 +11,7 @@ import numpy as np
 
 from salience.data.dsir.sha256 import sha256_mod
 from salience.data.dsir.tokens import split
-from salience.data.dsir.words import load_shared, load_word, store_shared
+from salience.io.words import load_shared, load_word, store_shared
 
 _A, _B, _C = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _HALF, _MASKS = np.uint64(32), np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)

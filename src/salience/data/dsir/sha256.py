@@ -15,7 +15,7 @@ from numba.core import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from salience.data.dsir.words import pointer
+from salience.io.words import pointer
 
 
 def _constants() -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 from jaxtyping import UInt32
 
-from salience.data.dsir.words import equal, load_word, lowest_bit
+from salience.io.words import equal, load_word, lowest_bit
 
 _SPACE, _WORD, _OTHER = 0, 1, 2
 _SIGMA, _DOTTED_I = 0x3A3, 0x130

@@ -27,18 +27,38 @@ def load_word(_, array, at):
     return types.uint64(array, types.int64), generate
 
 
+def _compare(operation: str) -> Any:
+    """A word whose bit i tells how byte at + i compares with a value: 64 comparisons in a few instructions."""
+
+    def declare(_, array, at, value):
+        def generate(context, builder, signature, arguments):
+            vector, zeros = ir.VectorType(ir.IntType(8), 64), ir.Constant(ir.VectorType(ir.IntType(32), 64), None)
+            block = builder.load(pointer(context, builder, signature.args[0], *arguments[:2], vector), align=1)
+            one = builder.insert_element(
+                ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0)
+            )
+            found = builder.icmp_unsigned(operation, block, builder.shuffle_vector(one, one, zeros))
+            return builder.bitcast(found, ir.IntType(64))
+
+        return types.uint64(array, types.int64, types.uint8), generate
+
+    return intrinsic(declare)
+
+
+equal, below = _compare("=="), _compare("<")
+
+
 @intrinsic
-def equal(_, array, at, value):
-    """A word whose bit i tells whether byte at + i is `value`: 64 comparisons in a few instructions."""
+def copy_block(_, array, at, target, to):
+    """Copy 64 bytes."""
 
     def generate(context, builder, signature, arguments):
-        vector, zeros = ir.VectorType(ir.IntType(8), 64), ir.Constant(ir.VectorType(ir.IntType(32), 64), None)
+        vector = ir.VectorType(ir.IntType(8), 64)
         block = builder.load(pointer(context, builder, signature.args[0], *arguments[:2], vector), align=1)
-        one = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0))
-        same = builder.icmp_unsigned("==", block, builder.shuffle_vector(one, one, zeros))
-        return builder.bitcast(same, ir.IntType(64))
+        builder.store(block, pointer(context, builder, signature.args[2], *arguments[2:], vector), align=1)
+        return context.get_dummy_value()
 
-    return types.uint64(array, types.int64, types.uint8), generate
+    return types.void(array, types.int64, target, types.int64), generate
 
 
 @intrinsic
