@@ -70,18 +70,21 @@ def state(folder: Path) -> str:
     return f"{len(lines)} lines"
 
 
-def wait_for_partial(folder: Path, process: subprocess.Popen) -> Path:
-    """Wait until the run has begun to write."""
+def wait_for_partial(folder: Path, process: subprocess.Popen, name: str = "run.json") -> None:
+    """Wait until the run has begun to write, or a stage of it is on the disk."""
+    path = folder / LEDGER / name
     while process.poll() is None:
-        if (folder / LEDGER / "run.json").exists():
-            return folder / LEDGER
-        time.sleep(0.002)
+        if path.exists() and path.stat().st_size:
+            return
+        time.sleep(0.001)
     raise AssertionError(process.communicate())
 
 
 @pytest.fixture(scope="module")
 def duration(folder: Path) -> float:
     """Seconds from the first temporary to the final name in an undisturbed run."""
+    clean(folder)
+    start(folder).communicate(timeout=300)  # compiles
     clean(folder)
     process = start(folder)
     wait_for_partial(folder, process)
@@ -149,8 +152,11 @@ def test_interrupts_exit_130_and_can_be_resumed(
     folder: Path, duration: float, expected: dict[str, bytes], signum: int
 ) -> None:
     clean(folder)
-    code, err = kill_at(folder, duration / 3, signum)
-    assert (code, err) == (130, f"{KEPT}salience: interrupted; no unfinished output was left\n")
+    process = start(folder)
+    wait_for_partial(folder, process, "targets-0.log")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, f"{KEPT}salience: interrupted; no unfinished output was left\n")
     assert sorted(os.listdir(folder)) == [LEDGER, "raw.jsonl", "target.jsonl"]
     process = start(folder)
     _, err = process.communicate(timeout=60)
@@ -164,16 +170,14 @@ def test_a_resumed_run_must_be_the_same(folder: Path, duration: float, expected:
     """Other parameters and other bytes are told; the ledger stays for the run that it belongs to."""
     clean(folder)
     process = start(folder)
-    wait_for_partial(folder, process)
-    while not (folder / LEDGER / "count.log").exists() or not (folder / LEDGER / "count.log").stat().st_size:
-        time.sleep(0.002)
+    wait_for_partial(folder, process, "count.log")
     process.kill()
     process.communicate()
     for arguments, said in (
         (["--count", "4001"], "choice count was 4000 and is 4001"),
         (["--seed", "1"], "scoring parameters random_state was 0 and is 1"),
         (["--smoothing", "1"], "scoring parameters smoothing was 0.0 and is 1.0"),
-        (["--target", "raw.jsonl"], "scoring target 0 files target.jsonl was"),
+        (["--target", "raw.jsonl"], "scoring target 0 files raw.jsonl was absent"),
     ):
         process = start(folder, "--resume", *arguments)
         _, err = process.communicate(timeout=60)
