@@ -67,9 +67,7 @@ def main() -> None:
     for job, (one, ten) in peaks.items():
         verdict = "met" if ten <= GATE * one else "missed"
         figures[job] = {"peak MB": [one, ten], "ratio": ten / one, "gate": GATE, "verdict": verdict}
-        print(
-            f"{job}: {one:.1f} MB, with {TIMES} times the corpus {ten:.1f} MB: ratio {ten / one:.3f}, gate {GATE} {verdict}"
-        )
+        print(f"{job}: {one:.1f} MB, of {TIMES} times the corpus {ten:.1f} MB: {ten / one:.3f}, gate {GATE} {verdict}")
     print(f"resampling: {per_document:.0f} bytes per document drawn")
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -162,7 +162,7 @@ def _hexadecimal(data, at):
     """Value of four hexadecimal digits, or -1."""
     if at + 4 > len(data):
         return -1
-    value = 0
+    value = np.int64(0)
     for place in range(at, at + 4):
         digit, letter = np.int64(data[place]) - 48, np.int64(data[place] | 32) - 97
         if 0 <= digit < 10:

@@ -6,11 +6,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 from numba.np.arrayobj import make_array
 
+intrinsic: Any = numba_intrinsic  # its own type has the first, hidden argument of what it decorates
 
-def pointer(context: Any, builder: Any, kind: Any, array: Any, at: Any, target: ir.Type) -> Any:
+
+def pointer(context: Any, builder: Any, kind: Any, target: ir.Type, array: Any, at: Any) -> Any:
     """LLVM value: address of element `at` of an array of Numba type `kind`, as that of a `target`."""
     data = make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), target.as_pointer())
@@ -21,7 +23,7 @@ def load_word(_, array, at):
     """Bytes at .. at + 7 as one little-endian word."""
 
     def generate(context, builder, signature, arguments):
-        place = pointer(context, builder, signature.args[0], *arguments, ir.IntType(64))
+        place = pointer(context, builder, signature.args[0], ir.IntType(64), *arguments)
         return builder.load(place, align=1)
 
     return types.uint64(array, types.int64), generate
@@ -33,7 +35,7 @@ def _compare(operation: str) -> Any:
     def declare(_, array, at, value):
         def generate(context, builder, signature, arguments):
             vector, zeros = ir.VectorType(ir.IntType(8), 64), ir.Constant(ir.VectorType(ir.IntType(32), 64), None)
-            block = builder.load(pointer(context, builder, signature.args[0], *arguments[:2], vector), align=1)
+            block = builder.load(pointer(context, builder, signature.args[0], vector, *arguments[:2]), align=1)
             one = builder.insert_element(
                 ir.Constant(vector, ir.Undefined), arguments[2], ir.Constant(ir.IntType(32), 0)
             )
@@ -54,8 +56,8 @@ def copy_block(_, array, at, target, to):
 
     def generate(context, builder, signature, arguments):
         vector = ir.VectorType(ir.IntType(8), 64)
-        block = builder.load(pointer(context, builder, signature.args[0], *arguments[:2], vector), align=1)
-        builder.store(block, pointer(context, builder, signature.args[2], *arguments[2:], vector), align=1)
+        block = builder.load(pointer(context, builder, signature.args[0], vector, *arguments[:2]), align=1)
+        builder.store(block, pointer(context, builder, signature.args[2], vector, *arguments[2:]), align=1)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, target, types.int64), generate
@@ -76,7 +78,7 @@ def load_shared(_, array, at):
     """Element of an array of words that other threads write meanwhile: old or new, never half of each."""
 
     def generate(context, builder, signature, arguments):
-        place = pointer(context, builder, signature.args[0], *arguments, ir.IntType(64))
+        place = pointer(context, builder, signature.args[0], ir.IntType(64), *arguments)
         return builder.load_atomic(place, "monotonic", 8)
 
     return types.uint64(array, types.int64), generate
@@ -87,7 +89,7 @@ def store_shared(_, array, at, word):
     """Write an element that `load_shared` reads."""
 
     def generate(context, builder, signature, arguments):
-        place = pointer(context, builder, signature.args[0], *arguments[:2], ir.IntType(64))
+        place = pointer(context, builder, signature.args[0], ir.IntType(64), *arguments[:2])
         builder.store_atomic(arguments[2], place, "monotonic", 8)
         return context.get_dummy_value()
 

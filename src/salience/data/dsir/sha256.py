@@ -13,9 +13,8 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
 
-from salience.io.words import pointer
+from salience.io.words import intrinsic, pointer
 
 
 def _constants() -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +93,7 @@ def compress_x86(_, state, message, at):
             return builder.shuffle_vector(x, y, constant(lanes))
 
         def place(argument, at):
-            return pointer(context, builder, signature.args[argument], arguments[argument], at, four)
+            return pointer(context, builder, signature.args[argument], four, arguments[argument], at)
 
         places = [place(0, ir.Constant(number, at)) for at in (0, 4)]
         abcd, efgh = (builder.load(place, align=4) for place in places)
