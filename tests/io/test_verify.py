@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from salience.errors import InputError
-from salience.io import Corpus, Output, RecordWriter, checksum, read, verify_output, writer
+from salience.io import Corpus, Output, RecordWriter, checksum, read, records_of, verify_output, writer
 
 WORDS = ["wave", "tide", "harbour", "anchor", "sail", "reef", "gull", "salt", "net", "mast"]
 
@@ -32,7 +32,7 @@ def make(out: Path) -> None:
         records = RecordWriter(output.file(), out.name, pool)
         for unit in pool.units:
             for batch in read(pool, unit, whole=True):
-                records.write(records.chosen(batch, np.ones(len(batch), bool)))
+                records.write(records_of(batch, np.ones(len(batch), bool), records.format))
         records.close()
         output.file(".quarantine.jsonl").write_text('{"file": "a", "offset": 3, "reason": "r", "raw": "x"}\n')
         output.commit({"command": "select text", "counts": {"read": 300}})

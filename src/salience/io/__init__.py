@@ -6,29 +6,32 @@ from salience._lazy import exports
 
 if TYPE_CHECKING:
     from salience.io.corpus import Corpus, Source, Unit
-    from salience.io.engine import available_cores, map_units
+    from salience.io.engine import available_cores, connect_ray, map_units
     from salience.io.keys import gumbel, key_of, uniform
+    from salience.io.ledger import Ledger
     from salience.io.lines import Bad
     from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
     from salience.io.tally import Tally
     from salience.io.verify import Verification, verify_output
-    from salience.io.writer import RecordWriter, write_quarantine
+    from salience.io.writer import RecordWriter, records_of, write_quarantine
 
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
     "Batch": "reader", "read": "reader", "peek": "reader",
     "Tally": "tally", "Bad": "lines",
-    "map_units": "engine", "available_cores": "engine",
+    "map_units": "engine", "available_cores": "engine", "connect_ray": "engine",
+    "Ledger": "ledger",
     "Output": "output", "checksum": "output",
+    "RecordWriter": "writer", "records_of": "writer", "write_quarantine": "writer",
     "Verification": "verify", "verify_output": "verify",
-    "RecordWriter": "writer", "write_quarantine": "writer",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
     "Bad",
     "Batch",
     "Corpus",
+    "Ledger",
     "Output",
     "RecordWriter",
     "Source",
@@ -37,11 +40,13 @@ __all__ = [
     "Verification",
     "available_cores",
     "checksum",
+    "connect_ray",
     "gumbel",
     "key_of",
     "map_units",
     "peek",
     "read",
+    "records_of",
     "uniform",
     "verify_output",
     "write_quarantine",

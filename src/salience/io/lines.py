@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from salience.errors import DataError, nearest
+from salience.io.json_texts import json_texts
 from salience.io.remote import open_url
 
 if TYPE_CHECKING:
@@ -214,7 +215,9 @@ def parse_jsonl(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str) 
     full = np.flatnonzero(stops > starts)
     # Every record begins with { and ends with }, and Arrow finds as many rows: then row i is record i.
     if len(full) and (data[starts[full]] == 123).all() and (data[stops[full] - 1] == 125).all() and _is_utf8(block):
-        column = _json_column(block, text)
+        column = json_texts(block, starts[full], stops[full], text)
+        if column is None:
+            column = _json_column(block, text)
         if column is not None and len(column) == len(full):
             index, bad = full, []
             if column.null_count:

@@ -8,6 +8,7 @@ out.jsonl.quarantine.jsonl  records that could not be read, if any
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -102,6 +103,12 @@ class Output:
         self._final.put(self.folder, [*names, written.name])
         self.discard()
         return manifest
+
+    def sweep(self) -> None:
+        """Remove what killed runs have left; only for one that makes sure that no other run writes this output."""
+        for path in self._folder.parent.glob(f".{glob.escape(self._final.name)}.*.partial"):
+            if path != self._folder:
+                shutil.rmtree(path, ignore_errors=True)
 
     def discard(self) -> None:
         """Remove the temporaries."""

@@ -80,3 +80,16 @@ def place_of(path: str | os.PathLike[str]) -> tuple[Place, str, bool]:
         return RemotePlace(parent), name, False
     local = Path(os.path.abspath(path))
     return (LocalPlace(local), "", True) if local.is_dir() else (LocalPlace(local.parent), local.name, False)
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether something stands under a path or URL."""
+    url = remote.url_of(path)
+    return os.path.exists(path) if url is None else remote.look_up(url) is not None
+
+
+def home() -> Path:
+    """The user's folder: ``$SALIENCE_HOME``, or ``salience`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if chosen := os.environ.get("SALIENCE_HOME"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salience"

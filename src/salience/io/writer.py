@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Bool
 
 from salience.errors import DataError, InputError
 from salience.io.corpus import COMPRESSIONS, FORMATS, Corpus, Source
@@ -41,14 +43,14 @@ class RecordWriter:
         suffixes = Path(name).suffixes
         compression = COMPRESSIONS.get(suffixes[-1].lower()) if suffixes else None
         ending = suffixes[-2] if compression and len(suffixes) > 1 else (suffixes or [""])[-1]
-        self._format = FORMATS.get(ending.lower())
-        if self._format is None or (compression and self._format == "parquet"):
+        self.format = FORMATS.get(ending.lower(), "")
+        if not self.format or (compression and self.format == "parquet"):
             raise InputError(f"output {name} has an unknown ending; use .jsonl, .csv, .txt or .parquet")
         rows = {"table": "parquet"}
         others = sorted(
-            {source.format for source in corpus.sources if rows.get(source.format, source.format) != self._format}
+            {source.format for source in corpus.sources if rows.get(source.format, source.format) != self.format}
         )
-        if self._format != "jsonl" and others:
+        if self.format != "jsonl" and others:
             raise InputError(
                 f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl"
             )
@@ -57,14 +59,14 @@ class RecordWriter:
         self._waiting: list[pa.Table] = []  # for the next row group, of
         self._held = 0  # bytes
         self._stream: Any = None  # of a line format
-        if self._format != "parquet":
+        if self.format != "parquet":
             raw = pa.OSFile(str(path), "wb")
             self._stream = pa.CompressedOutputStream(raw, compression) if compression else raw
-        if self._format == "csv":
+        if self.format == "csv":
             self._stream.write(_common_header([source for source in corpus.sources if source.size]))
 
     def write(self, records: list[bytes] | pa.Table) -> int:
-        """Append what `chosen` returned; gives the number of records."""
+        """Append what `records_of` returned; gives the number of records."""
         if isinstance(records, list):
             if records:
                 self._stream.write(b"\n".join(records) + b"\n")
@@ -85,16 +87,6 @@ class RecordWriter:
             self._parquet.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._held = [], 0
 
-    def chosen(self, batch: Batch, mask) -> list[bytes] | pa.Table:
-        """The records of a batch (read with ``whole=True``) where `mask` holds, ready to be written; thread-safe."""
-        where = mask.nonzero()[0]
-        if batch.lines is not None and self._format == batch.source.format:
-            block, starts, stops = batch.lines
-            return [block[start:stop] for start, stop in zip(starts[where].tolist(), stops[where].tolist())]
-        table = batch.table if batch.table is not None else pa.table({"text": batch.text})
-        table = table.take(pa.array(where))
-        return table if self._format == "parquet" else as_json(table, batch.source.path or batch.source.name)
-
     def close(self) -> None:
         """Finish the file."""
         if self._parquet is not None:
@@ -102,6 +94,17 @@ class RecordWriter:
             self._parquet.close()
         if self._stream is not None:
             self._stream.close()
+
+
+def records_of(batch: Batch, mask: Bool[np.ndarray, " documents"], format: str) -> list[bytes] | pa.Table:
+    """The records of a batch (read with ``whole=True``) where `mask` holds, ready for a `RecordWriter` of `format`."""
+    where = mask.nonzero()[0]
+    if batch.lines is not None and format == batch.source.format:
+        block, starts, stops = batch.lines
+        return [block[start:stop] for start, stop in zip(starts[where].tolist(), stops[where].tolist())]
+    table = batch.table if batch.table is not None else pa.table({"text": batch.text})
+    table = table.take(pa.array(where))
+    return table if format == "parquet" else as_json(table, batch.source.path or batch.source.name)
 
 
 def _common_header(sources: Sequence[Source]) -> bytes:
@@ -113,15 +116,11 @@ def _common_header(sources: Sequence[Source]) -> bytes:
         return stream.read(csv_header(sources[0])[1]).rstrip(b"\r\n") + b"\n"
 
 
-def write_quarantine(path: Path, bad: Iterable[tuple[Source, Bad]]) -> None:
+def write_quarantine(path: Path, bad: Iterable[tuple[str, Bad]]) -> None:
     """Write the unreadable records as JSON lines: file, offset or row, reason, raw bytes."""
     with open(path, "w", encoding="utf-8") as file:
-        for source, record in bad:
-            line: dict[str, Any] = {
-                "file": source.path or source.name,
-                "offset": record.offset,
-                "reason": record.reason,
-            }
+        for file_name, record in bad:
+            line: dict[str, Any] = {"file": file_name, "offset": record.offset, "reason": record.reason}
             try:
                 line["raw"] = record.raw.decode("utf-8")
             except UnicodeDecodeError:
