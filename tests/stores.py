@@ -1,11 +1,17 @@
-"""Remote stores for tests: one in memory, and a local server that speaks S3."""
+"""Remote stores for tests: one in memory, and local servers that speak S3 and like the Hugging Face hub."""
 
 from __future__ import annotations
 
+import hashlib
+import http.server
+import json
 import logging
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 import pytest
@@ -79,3 +85,68 @@ def tree(url: str) -> dict[str, bytes]:
     """All files below a URL."""
     filesystem, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
     return {name.removeprefix(path).lstrip("/"): filesystem.cat_file(name) for name in filesystem.find(path)}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, bytes]]:
+    """The files of the dataset ``someone/texts`` on a local stand-in for the Hugging Face hub, to be filled."""
+    files: dict[str, bytes] = {}
+    api = "/api/datasets/someone/texts"
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, _, query = unquote(self.path).partition("?")
+            tree = f"{api}/tree/main"
+            if path in (api, f"{api}/revision/main"):
+                self.answer(json.dumps({"id": "someone/texts", "sha": "0" * 40}).encode())
+            elif path.startswith(tree) and (found := self.entries(path.removeprefix(tree), "recursive=true" in query)):
+                self.answer(json.dumps(found).encode())
+            elif (name := path.removeprefix("/datasets/someone/texts/resolve/main/")) in files:
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                self.answer(files[name][int(first) : int(last) + 1], 206)
+            else:
+                self.answer(b"{}", 404, "EntryNotFound" if path.startswith(api) else "RepoNotFound")
+
+        def entries(self, folder: str, recursive: bool) -> list[dict]:
+            root = folder.strip("/") + "/" if folder.strip("/") else ""
+            found: dict[str, dict] = {}
+            for name, data in files.items():
+                if name.startswith(root):
+                    steps = name.removeprefix(root).split("/")
+                    for depth in range(1, len(steps)):
+                        path = root + "/".join(steps[:depth])
+                        found[path] = {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+                    oid = hashlib.sha1(data).hexdigest()
+                    found[name] = {"type": "file", "path": name, "oid": oid, "size": len(data)}
+            if not recursive:
+                found = {path: entry for path, entry in found.items() if "/" not in path.removeprefix(root)}
+            return list(found.values())
+
+        def answer(self, body: bytes, status: int = 200, code: str = "") -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with serving(Hub) as address:
+        monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": address})
+        yield files
+
+
+@contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests on a thread; gives the address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from reading import texts
 
+import salience
 from salience.errors import InputError
-from salience.io import Corpus, Output, checksum
+from salience.io import Corpus, Output, checksum, verify_output
 from salience.io.manifest import parse_manifest
 
 
@@ -152,3 +157,43 @@ def test_a_folder_that_we_wrote_is_read_without_its_manifest_and_quarantine(tmp_
         output.file("quarantine.jsonl").write_text('{"text": "bad"}\n')
         output.commit({})
     assert texts(Corpus(tmp_path / "out")) == ["a"]
+
+
+AGAIN_AND_AGAIN = """
+import itertools, sys
+from pathlib import Path
+from salience.io import Output
+for number in itertools.count():
+    with Output(sys.argv[1], overwrite=True, folder=True) as output:
+        for name in "abc":
+            output.file(f"{name}/x.txt").write_text(f"{number}\\n" * 100)
+        output.commit({"number": number})
+    print(number, flush=True)
+"""
+
+
+def kill_often(folder: Path, times: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(salience.__file__).parents[1])}
+    for number in range(times):
+        out = folder / f"out{number}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", AGAIN_AND_AGAIN, str(out)], env=environment, stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(random.Random(number).random() / 10)
+        process.kill()
+        process.communicate(timeout=60)
+        if out.exists():
+            assert verify_output(out).ok
+            continue
+        (aside,) = folder.glob(f".out{number}.*.partial/replaced")  # killed between the two renames: not lost
+        assert verify_output(aside).ok
+
+
+def test_sigkill_leaves_no_torn_folder(tmp_path: Path) -> None:
+    kill_often(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_sigkill_at_fifty_moments_leaves_no_torn_folder(tmp_path: Path) -> None:
+    kill_often(tmp_path, 50)

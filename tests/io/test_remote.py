@@ -9,7 +9,6 @@ import os
 import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from reading import as_csv, collect, compressed, jsonl
 from salience.errors import DataError, InputError, MissingExtra, NothingToDo
 from salience.io import Corpus, Output, corpus, lines, map_units, read, reader, remote, verify_output
 from salience.io.final import RemoteFinal
-from stores import put, put_tree, tree
+from stores import put, put_tree, serving, tree
 
 TEXTS = [f"document {number} " + "wü rt," * (number % 7) for number in range(40)]
 
@@ -165,6 +164,28 @@ def test_damaged_files_are_named(store: str) -> None:
         collect(Corpus(f"{store}/a.jsonl.gz"))
 
 
+@pytest.mark.parametrize("unit_bytes", [100, 16 << 20])
+def test_a_dataset_of_a_hub_reads_like_a_local_tree(
+    local: Path, hub: dict[str, bytes], unit_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "UNIT_BYTES", unit_bytes)
+    for path in local.rglob("*"):
+        if path.is_file():
+            hub[f"data/{path.relative_to(local).as_posix()}"] = path.read_bytes()
+    there = Corpus("hf://datasets/someone/texts/data")
+    assert all(source.version.startswith("blob_id ") for source in there.sources)
+    assert [s.name for s in there.sources] == [s.name for s in Corpus(local).sources]
+    assert collect(there, whole=True) == collect(Corpus(local), whole=True)
+    assert collect(Corpus("hf://datasets/someone/texts/data/*/*.jsonl")) == collect(Corpus(f"{local}/*/*.jsonl"))
+    pool = Corpus("hf://datasets/someone/texts/data/a/one.jsonl")
+    found = map_units(lambda unit: [t for b in read(pool, unit) for t in b.text.to_pylist()], pool.units, workers=4)
+    assert [text for _, texts in found for text in texts] == TEXTS
+    with pytest.raises(InputError, match="data/absent does not exist"):
+        Corpus("hf://datasets/someone/texts/data/absent")
+    with pytest.raises(InputError, match="nothing/of does not exist"):
+        Corpus("hf://datasets/nothing/of")
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -241,14 +262,9 @@ def forbidding(other_s3: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         def log_message(self, *arguments) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forbid)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Forbid) as address:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        yield
 
 
 @pytest.mark.parametrize("use", [Corpus, Output, verify_output])
