@@ -63,7 +63,7 @@ class Hash(StrEnum):
 def text(
     raw: Annotated[list[str], typer.Argument(help="Raw corpus: files, globs or directories (.jsonl, .csv, .txt, also .gz and .zst; .parquet).", show_default=False)],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Target text, the same formats; may be repeated.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output: .jsonl, or the format of the input.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", help="Output, a path or URL: .jsonl, or the format of the input.", show_default=False)],
     count: Annotated[int | None, typer.Option("--count", "-n", help="Documents to choose.", show_default=False)] = None,
     fraction: Annotated[float | None, typer.Option(help="Or the share of the raw documents to choose.", show_default=False)] = None,
     method: Annotated[Method, typer.Option(help="dsir: importance resampling; heuristic: classifier; random. All three are compared.")] = Method.dsir,
@@ -100,6 +100,7 @@ def text(
     """
     from salience.data import DSIR, AlreadyDone, select_text
     from salience.io import Corpus, connect_ray
+    from salience.io.remote import is_url
     from salience.scores import Scores
 
     _check_usage(count, fraction, scores_only, scores, from_scores, method, top_k)
@@ -115,7 +116,7 @@ def text(
         workers=workers, random_state=seed,
     )  # fmt: skip
     pool, targets = Corpus(raw, text_column), [Corpus(name, text_column) for name in target]
-    page = report or Path(f"{out}.report.html")
+    page = report or Path(f"{out.rsplit('/', 1)[-1] if is_url(out) else out}.report.html")
     if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
     if page.exists() and not (overwrite or resume):
@@ -173,7 +174,7 @@ def _numbers(written: str | None) -> list[float] | None:
 
 
 @contextmanager
-def _progress(pool: Corpus, targets: list[Corpus], model: Any, out: Path) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(pool: Corpus, targets: list[Corpus], model: Any, out: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress line by the estimate of --dry-run; says after an interrupt how to go on."""
     from salience.cli._progress import StageProgress
     from salience.data.estimate import estimate
@@ -189,7 +190,7 @@ def _progress(pool: Corpus, targets: list[Corpus], model: Any, out: Path) -> Ite
         raise
 
 
-def _write_scores(pool: Corpus, targets: list[Corpus], out: Path, how: dict[str, Any], as_json: bool) -> None:
+def _write_scores(pool: Corpus, targets: list[Corpus], out: str, how: dict[str, Any], as_json: bool) -> None:
     from salience.data import AlreadyDone, score_text
 
     try:
@@ -204,7 +205,7 @@ def _write_scores(pool: Corpus, targets: list[Corpus], out: Path, how: dict[str,
         return
     say(
         f"{counts['read']:,} records read = {counts['documents']:,} weighed + {counts['blank']:,} blank + "
-        f"{counts['quarantined']:,} quarantined\nwritten: {out / 'scores.parquet'}\n"
+        f"{counts['quarantined']:,} quarantined\nwritten: {out}/scores.parquet\n"
         f"choose from it: the same command with --from-scores {out} --count N in place of --scores-only"
     )
 

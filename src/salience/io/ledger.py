@@ -302,7 +302,7 @@ def unit_digest(unit: Unit) -> str:
             stream.write_table(source.table.take(pa.array(range(unit.start, unit.stop), pa.int64())))
         return xxhash.xxh3_128_hexdigest(sink.getvalue())
     if source.is_remote:
-        return xxhash.xxh3_128_hexdigest(f"{source.version} {unit.start} {unit.stop}".encode())
+        return xxhash.xxh3_128_hexdigest(f"{source.size} {source.version} {unit.start} {unit.stop}".encode())
     start, stop = _bytes_of(unit)
     digest = xxhash.xxh3_128()
     with open(source.path, "rb") as file:
