@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from salience.io.keys import gumbel, key_of, uniform
     from salience.io.lines import Bad
     from salience.io.reader import Batch, peek, read
+    from salience.io.tables import TableBatch, TableReader, as_numbers
     from salience.io.tally import Tally
     from salience.io.writer import Output, RecordWriter, checksum, write_quarantine
 
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
     "Batch": "reader", "read": "reader", "peek": "reader",
+    "TableBatch": "tables", "TableReader": "tables", "as_numbers": "tables",
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine",
     "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "write_quarantine": "writer",
@@ -28,8 +30,11 @@ __all__ = [
     "Output",
     "RecordWriter",
     "Source",
+    "TableBatch",
+    "TableReader",
     "Tally",
     "Unit",
+    "as_numbers",
     "available_cores",
     "checksum",
     "gumbel",
