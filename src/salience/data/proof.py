@@ -58,6 +58,18 @@ class Texts:
         self._strings += other._strings
         self.where += other.where
 
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a ledger."""
+        return {"counts": self.counts, "where": self.where, "strings": self._strings}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Texts:
+        """What `state` was taken of."""
+        texts = cls()
+        texts.counts, texts._strings = state["counts"], state["strings"]
+        texts.where = [(file, row) for file, row in state["where"]]
+        return texts
+
     def strings(self) -> list[str]:
         """The kept texts."""
         return self._strings
@@ -81,13 +93,35 @@ class Sample(Texts):
     def offer(self, texts: pa.Array, keys: Float[np.ndarray, " texts"]) -> None:
         """Offer documents with a key each."""
         best = np.argsort(keys, kind="stable")[: self._size]
-        if len(self._keys) == self._size:
-            best = best[keys[best] < self._keys[-1]]
+        best = best[keys[best] < self.bound]
         self._merge(keys[best], texts.take(pa.array(best)).to_pylist())
 
     def extend(self, other: Sample) -> None:  # type: ignore[override]
         """Take over another sample."""
         self._merge(other._keys, other._strings)
+
+    def below(self, bound: float) -> Sample:
+        """Those with smaller keys than `bound` alone."""
+        part = Sample(self._size)
+        keep = np.flatnonzero(self._keys < bound)
+        part._keys, part._strings = self._keys[keep], [self._strings[at] for at in keep.tolist()]
+        return part
+
+    @property
+    def bound(self) -> float:
+        """What a key must be smaller than to come in."""
+        return float(self._keys[-1]) if len(self._keys) == self._size else np.inf
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a ledger."""
+        return {"size": self._size, "keys": self._keys, "strings": self._strings}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Sample:
+        """What `state` was taken of."""
+        sample = cls(state["size"])
+        sample._keys, sample._strings = state["keys"], state["strings"]
+        return sample
 
     def _merge(self, keys: np.ndarray, strings: list[str]) -> None:
         keys, strings = np.concatenate([self._keys, keys]), self._strings + strings

@@ -25,7 +25,7 @@ FORMATS = {
     ".txt": "txt",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-MANIFEST, QUARANTINE = ".manifest.json", ".quarantine.jsonl"  # endings of what stands beside an output
+MANIFEST, QUARANTINE = ".manifest.json", ".quarantine.jsonl"  # behind an output file; in a folder, without the dot
 UNIT_BYTES = 16 << 20
 TABLE_ROWS = 1 << 16
 
@@ -178,7 +178,8 @@ def _expand(path: str) -> list[Path]:
 
 def _is_data(path: Path) -> bool:
     """Whether a file of a directory is read: not what is hidden, or what our writer puts beside its output."""
-    if any(part.startswith(".") for part in path.parts) or path.name.endswith((MANIFEST, QUARANTINE)):
+    ours = path.name.endswith((MANIFEST, QUARANTINE)) or path.name in (MANIFEST[1:], QUARANTINE[1:])
+    if ours or any(part.startswith(".") for part in path.parts):
         return False
     return _format(path)[0] is not None
 
