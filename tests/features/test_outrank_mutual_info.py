@@ -111,10 +111,14 @@ def test_noise_of_many_values_scores_nothing_and_a_weak_signal_something() -> No
 
 def test_a_target_that_is_the_feature_gives_its_entropy_but_equal_sums_do_not() -> None:
     y = np.array([0, 1, 1, 2, 0, 1, 2, 2])
-    assert ca_mutual_info(y, y) == pytest.approx(-3 * 0.375 * np.log(0.375) + 0.375 * np.log(0.375) - 0.25 * np.log(0.25))
+    assert ca_mutual_info(y, y) == pytest.approx(
+        -3 * 0.375 * np.log(0.375) + 0.375 * np.log(0.375) - 0.25 * np.log(0.25)
+    )
     rng = np.random.default_rng(5)  # here the sums of both are equal, which the reference takes for equal columns
     label, feature = rng.integers(0, 2, 7), rng.integers(0, 3, 7)
-    assert label.sum() == feature.sum() and ca_mutual_info(feature, label) == pytest.approx(by_definition(feature, label))
+    assert label.sum() == feature.sum() and ca_mutual_info(feature, label) == pytest.approx(
+        by_definition(feature, label)
+    )
 
 
 def test_sorted_rows_lose_the_signal_which_is_why_rows_are_shuffled() -> None:

@@ -282,9 +282,7 @@ def _compare(
     """Compare with the mean over draws of a baseline."""
     other = np.mean(others, axis=0)
     found = difference_over_draws(sign * chosen, [sign * draw for draw in others], random_state=seed)
-    return Comparison(
-        measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high
-    )
+    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high)
 
 
 def _within(texts: list[str], budget: int) -> list[str]:

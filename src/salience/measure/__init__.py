@@ -7,7 +7,13 @@ from salience._lazy import exports
 if TYPE_CHECKING:
     from salience.measure.curves import Curve, curve
     from salience.measure.detection import OSCR, Detection, aupr, auroc, detection_report, fpr_at_tpr, oscr
-    from salience.measure.paired import Interval, PairedDifference, bootstrap_interval, difference_over_draws, paired_difference
+    from salience.measure.paired import (
+        Interval,
+        PairedDifference,
+        bootstrap_interval,
+        difference_over_draws,
+        paired_difference,
+    )
     from salience.measure.ranking import (
         hit_at_k,
         kendall,

@@ -14,12 +14,13 @@ from salience.errors import DataError
 from salience.io import as_numbers
 
 CONTROL = "CONTROL-"
-TARGET_CONTROL = CONTROL + "target"
+TARGET_CONTROL, VOLUME_CONTROL = CONTROL + "target", CONTROL + "volume"
 _RANDOM = {"binary": 2, "card100": 100, "card2k": 2_000, "card10k": 10_000, "card50k": 50_000}
 CONTROLS = (
     CONTROL + "constant0", CONTROL + "gaussian", CONTROL + "uniform", *(f"{CONTROL}random-{kind}" for kind in _RANDOM),
-    CONTROL + "int-sequence", CONTROL + "volume", TARGET_CONTROL,
+    CONTROL + "int-sequence", VOLUME_CONTROL, TARGET_CONTROL,
 )  # fmt: skip
+NOISE = tuple(name for name in CONTROLS if name not in (TARGET_CONTROL, VOLUME_CONTROL))
 
 
 class Coded(NamedTuple):
@@ -64,7 +65,9 @@ def encode(name: str, column: pa.ChunkedArray) -> Coded:
     try:
         found = column.combine_chunks().dictionary_encode(null_encoding="encode")
     except pa.ArrowNotImplementedError:
-        raise DataError(f"column {name!r} holds {kind}, not one value a row; leave it out or turn it into text") from None
+        raise DataError(
+            f"column {name!r} holds {kind}, not one value a row; leave it out or turn it into text"
+        ) from None
     codes = found.indices.to_numpy(zero_copy_only=False).astype(np.uint32)
     return Coded(codes, found.dictionary, np.bincount(codes, minlength=len(found.dictionary)))
 
@@ -160,13 +163,11 @@ def _numbered(first, second, size):
     return codes, np.int64(used)
 
 
-def controls(
-    rng: np.random.Generator, columns: list[Coded], label: Coded
-) -> list[tuple[UInt[np.ndarray, " n"], int]]:
+def controls(rng: np.random.Generator, columns: list[Coded], label: Coded) -> list[tuple[UInt[np.ndarray, " n"], int]]:
     """The columns `CONTROLS`, as codes and what they stay below: noise of several cardinalities, and the label itself.
 
-    Of Gaussian and uniform numbers, of a running number and (but for equal rows) of the whole row no two rows share a
-    value; they all look alike to any measure of categories.
+    Of Gaussian and uniform numbers and of a running number no two rows share a value; they all look alike to any measure
+    of categories. The volume is the whole row as one value: noise too, unless equal rows repeat with their label.
     """
     n = len(label.codes)
     unique = np.arange(n, dtype=np.uint32)

@@ -81,7 +81,7 @@ def ca_mutual_info(
     f, y = _codes("feature", feature), _codes("target", target)
     if len(f) != len(y):
         raise InputError(f"feature has {len(f)} rows and target {len(y)}")
-    if not isinstance(shifts, int | np.integer) or not 1 <= shifts:
+    if not isinstance(shifts, int | np.integer) or not shifts >= 1:
         raise InputError(f"shifts must be a whole number of at least 1, not {shifts!r}")
     terms = count_terms(len(f))
     if np.array_equal(f, y):
@@ -99,7 +99,7 @@ def entropy(counts: Int[np.ndarray, " values"]) -> float:
     return entropy_of(float(counts @ np.log(counts)), int(counts.sum()))
 
 
-def entropy_of(sums: Float[np.ndarray, "..."] | float, n: int) -> Float[np.ndarray, "..."] | float:
+def entropy_of(sums: Float[np.ndarray, ...] | float, n: int) -> Float[np.ndarray, ...] | float:
     """Entropy ``ln n - sums / n`` of a column with ``sums = sum_c n_c ln n_c``."""
     return np.log(n) - sums / n
 

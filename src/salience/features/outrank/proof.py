@@ -1,7 +1,8 @@
 """Do the columns that were ranked first train a better model? Measured on rows that no score has seen.
 
 A logistic regression on one-hot columns is trained on a sample of the scored rows, with the k best columns by the
-ranking, the k best by plain mutual information, k random ones (several draws), and all. Every held-out row gives one
+ranking, the k best by plain mutual information, k random ones (several draws), the first k of 3MR where all pairs were
+scored, and all. Every held-out row gives one
 log loss and one hit or miss for each, so that differences are paired.
 """
 
@@ -137,14 +138,15 @@ def prove(report: RankReport, k: int | None = None) -> RankProof:
         losses[name], hits[name] = _losses(design, y, train, test)
     randoms = [name for name in selections if name.startswith("random ")]
     comparisons = []
-    for baseline, names in (("random", randoms), ("plain MI", ["plain MI"]), ("all columns", ["all columns"])):
+    others = [name for name in ("plain MI", "3MR", "all columns") if name in selections]
+    for baseline, names in (("random", randoms), *((name, [name]) for name in others)):
         for measure, sign, found in (("log loss", -1, losses), ("accuracy", 1, hits)):
             other = [sign * found[name] for name in names]
             gain = difference_over_draws(sign * found["outrank"], other, random_state=seed)
             comparisons.append(Comparison(measure, baseline, float(found["outrank"].mean()),
                                           float(sign * np.mean(other)), gain.mean, gain.low, gain.high))  # fmt: skip
     shares = np.bincount(y[train]) / train.sum()
-    summary = [{name: float(found[name].mean()) for name in ("outrank", "plain MI", "all columns")}
+    summary = [{name: float(found[name].mean()) for name in ("outrank", *others)}
                | {"random": float(np.mean([found[name].mean() for name in randoms]))} for found in (hits, losses)]  # fmt: skip
     summary[0]["majority"] = float((y[test] == shares.argmax()).mean())
     summary[1]["majority"] = float(-np.log(shares[y[test]]).mean())
@@ -158,6 +160,7 @@ def _selections(report: RankReport, k: int, seed: int) -> dict[str, list[str]]:
     return {
         "outrank": [row["feature"] for row in columns[:k]],
         "plain MI": [row["feature"] for row in plain[:k]],
+        **({"3MR": report.three_mr()[:k]} if report.pairs.num_rows else {}),
         **{f"random {draw}": sorted(rng.choice(report.features, k, replace=False).tolist()) for draw in range(DRAWS)},
         "all columns": list(report.features),
     }

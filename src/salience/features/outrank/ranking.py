@@ -259,7 +259,9 @@ def _features(reader: TableReader, label: str, order: int, with_controls: bool) 
         raise NothingToDo(f"the table has no column besides the label {label!r}")
     if order > len(features):
         raise InputError(f"order is {order}, but there are only {len(features)} columns to combine")
-    clash = [name for name in features if (order > 1 and " AND " in name) or (with_controls and name.startswith(CONTROL))]
+    clash = [
+        name for name in features if (order > 1 and " AND " in name) or (with_controls and name.startswith(CONTROL))
+    ]
     if clash:
         raise InputError(f"column {clash[0]!r} cannot be told from a combination or a control: rename it")
     return features

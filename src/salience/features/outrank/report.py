@@ -14,7 +14,7 @@ from scipy.spatial.distance import squareform
 
 from salience.errors import InputError, NothingToDo
 from salience.features.outrank.batches import BatchScores
-from salience.features.outrank.columns import CONTROL, TARGET_CONTROL
+from salience.features.outrank.columns import CONTROL, NOISE
 from salience.io import Source
 from salience.io.lines import Bad
 from salience.scores import Scores
@@ -118,8 +118,9 @@ class RankReport:
         InputError
             The ranking was made without controls.
         """
-        noise = [row["score"] for row in self.singles.to_pylist()
-                 if row["kind"] == "control" and row["feature"] != TARGET_CONTROL]  # fmt: skip
+        noise = [
+            row["score"] for row in self.singles.to_pylist() if row["kind"] == "control" and row["feature"] in NOISE
+        ]
         if not noise:
             raise InputError("the ranking has no controls: make it with controls=True")
         return max(noise)
@@ -144,7 +145,9 @@ class RankReport:
         if k is not None and k < 1:
             raise InputError(f"k must be at least 1, not {k!r}")
         least = self.noise() if above_controls else -np.inf
-        chosen = [row["feature"] for row in self.singles.to_pylist() if row["kind"] == "column" and row["score"] > least]
+        chosen = [
+            row["feature"] for row in self.singles.to_pylist() if row["kind"] == "column" and row["score"] > least
+        ]
         if not chosen:
             raise NothingToDo(f"no column tells more about {self.label!r} than noise does")
         return chosen[:k]
@@ -177,7 +180,9 @@ class RankReport:
                 found.append((*members, row["score"]))
         if found:
             _fill(relation, found)
-        return [self.features[at] for at in _greedy(_scaled(relevance), self._redundancy(), relation, alpha, beta, reduce)]
+        return [
+            self.features[at] for at in _greedy(_scaled(relevance), self._redundancy(), relation, alpha, beta, reduce)
+        ]
 
     def clusters(self, threshold: float = 0.5) -> list[list[str]]:
         """Groups of columns that tell the same, by complete linkage of ``1 - redundancy``, largest group first.

@@ -112,7 +112,8 @@ class Kept:
                 self.unlabelled += int((~labelled).sum())
                 table, rows = table.filter(pa.array(labelled)), rows[labelled]
             key, held, sample = (
-                uniform(self._seed, purpose, batch.source.file_id, rows) for purpose in ("shuffle", "hold-out", "sample")
+                uniform(self._seed, purpose, batch.source.file_id, rows)
+                for purpose in ("shuffle", "hold-out", "sample")
             )
             if len(rows):
                 yield Rows(table, key, held < self._hold_out, sample)
@@ -179,7 +180,9 @@ class KeyedSample:
             self._parts = [self.rows()]
             self._count = self._size
         if self._count >= self._size:
-            self._limit = float(np.partition(np.concatenate([p.sample for p in self._parts]), self._size - 1)[self._size - 1])
+            self._limit = float(
+                np.partition(np.concatenate([p.sample for p in self._parts]), self._size - 1)[self._size - 1]
+            )
 
     def rows(self) -> Rows:
         """The sample, in the order of its keys."""

@@ -102,7 +102,7 @@ class OutRankSelector(SelectorMixin, BaseEstimator):
     def _coded(self, name: str, values: np.ndarray) -> Coded:
         if values.dtype.kind in "fiub":
             coded = encode(name, pa.chunked_array([pa.array(values)]))
-            return Bins(coded, self.bins, ()) (coded)
+            return Bins(coded, self.bins, ())(coded)
         if values.dtype == object:
             try:
                 return self._coded(name, values.astype(np.float64))
