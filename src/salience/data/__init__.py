@@ -18,8 +18,8 @@ _WHERE: dict[str, str] = {
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection", "AlreadyDone": "text_selection",
 }  # fmt: skip
 __all__ = [
-    "DSIR",
     "AlreadyDone",
+    "DSIR",
     "HashedNgrams",
     "HeuristicClassifier",
     "TextSelection",

@@ -21,7 +21,7 @@ from salience.data.dsir.features import ngram_keys
 from salience.data.dsir.resample import check_count, quotas, take
 from salience.data.dsir.weights import DSIR
 from salience.data.proof import Sample, Texts
-from salience.data.text_stages import SAMPLE, Copy, CountRaw, CountTarget, Draw, Hashed, Weigh
+from salience.data.text_stages import KINDS, SAMPLE, Copy, CountRaw, CountTarget, Draw, Hashed, Weigh
 from salience.errors import DataError, InputError
 from salience.io import Corpus, Ledger, RecordWriter, Tally, Unit, peek
 from salience.scores import Scores
