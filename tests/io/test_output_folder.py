@@ -107,10 +107,10 @@ def test_folders_that_we_did_not_write_are_never_replaced(tmp_path: Path) -> Non
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     (foreign / "manifest.json").write_text(json.dumps({"salience": "0.1.0", "files": {"thesis.txt": {}}}))
-    with pytest.raises(InputError, match="is not replaced: its manifest.json is no manifest of salience"):
+    with pytest.raises(InputError, match=r"is not replaced: its manifest\.json is no manifest of salience"):
         make(foreign, overwrite=True)
     (foreign / "manifest.json").unlink()
-    with pytest.raises(InputError, match="holds no manifest.json of an earlier output"):
+    with pytest.raises(InputError, match=r"holds no manifest\.json of an earlier output"):
         make(foreign, overwrite=True)
     assert written(foreign) == {"thesis.txt": "mine"}
     for name in ("notes.txt", ".hidden", "deep/notes.txt"):

@@ -134,7 +134,7 @@ def text(
     how |= {"count": count, "fraction": fraction, "method": method.value, "top_k": top_k, "from_scores": from_scores}
     how["scores"] = None if scores is None else Scores.load(scores)
     try:
-        with _progress(pool, targets, model, resume) as advance:
+        with _progress(pool, targets, model, out) as advance:
             result = select_text(pool, targets, out, **how, progress=advance)
     except AlreadyDone as done:
         _print_done(done, as_json)
@@ -173,19 +173,19 @@ def _numbers(written: str | None) -> list[float] | None:
 
 
 @contextmanager
-def _progress(
-    pool: Corpus, targets: list[Corpus], model: Any, resume: bool
-) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(pool: Corpus, targets: list[Corpus], model: Any, out: Path) -> Iterator[Callable[[str, int, int], None]]:
     """A progress line by the estimate of --dry-run; says after an interrupt how to go on."""
     from salience.cli._progress import StageProgress
     from salience.data.estimate import estimate
+    from salience.data.text_passes import kept_beside
 
     expected = estimate(pool, targets, model, None)["stages"] if sys.stderr.isatty() else {}
     try:
         with StageProgress(expected) as advance:
             yield advance
     except (KeyboardInterrupt, OSError):
-        say("finished units are kept: the same command with --resume goes on from there", err=True)
+        if kept_beside(out).exists():
+            say("finished units are kept: the same command with --resume goes on from there", err=True)
         raise
 
 
@@ -193,7 +193,7 @@ def _write_scores(pool: Corpus, targets: list[Corpus], out: Path, how: dict[str,
     from salience.data import AlreadyDone, score_text
 
     try:
-        with _progress(pool, targets, how["model"], how["resume"]) as advance:
+        with _progress(pool, targets, how["model"], out) as advance:
             manifest = score_text(pool, targets, out, **how, progress=advance)
     except AlreadyDone as done:
         _print_done(done, as_json)

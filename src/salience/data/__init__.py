@@ -15,11 +15,12 @@ _WHERE: dict[str, str] = {
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
-    "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection", "AlreadyDone": "text_selection",
+    "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
+    "AlreadyDone": "text_selection",
 }  # fmt: skip
 __all__ = [
-    "AlreadyDone",
     "DSIR",
+    "AlreadyDone",
     "HashedNgrams",
     "HeuristicClassifier",
     "TextSelection",

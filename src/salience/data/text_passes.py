@@ -21,9 +21,11 @@ from salience.data.dsir.features import ngram_keys
 from salience.data.dsir.resample import check_count, quotas, take
 from salience.data.dsir.weights import DSIR
 from salience.data.proof import Sample, Texts
-from salience.data.text_stages import KINDS, SAMPLE, Copy, CountRaw, CountTarget, Draw, Hashed, Weigh
+from salience.data.text_stages import SAMPLE, Copy, CountRaw, CountTarget, Draw, Hashed, Weigh
 from salience.errors import DataError, InputError
-from salience.io import Corpus, Ledger, RecordWriter, Tally, Unit, peek
+from salience.io import Corpus, Ledger, RecordWriter, Tally, Unit, key_of, peek
+from salience.io.place import home
+from salience.io.remote import url_of
 from salience.scores import Scores
 
 METHODS = ("dsir", "heuristic", "random")
@@ -235,17 +237,25 @@ class TextPasses:
 
     def digests(self) -> dict[str, str]:
         """xxh3-128 of the bytes that were read of the raw corpus and of every target."""
-        stages = {"raw": "count"} | {f"target {number}": f"targets-{number}" for number in range(len(self.targets))}
-        return {name: self.scoring.digest(stage) for name, stage in stages.items()}
+        stages = ["count", *(f"targets-{number}" for number in range(len(self.targets)))]
+        return {name: self.scoring.digest(stage) for name, stage in zip(self.corpora(), stages)}
+
+    def corpora(self) -> dict[str, Corpus]:
+        """All that is read, by name."""
+        return {"raw": self.raw} | {f"target {number}": target for number, target in enumerate(self.targets)}
 
 
 def described(corpus: Corpus) -> dict[str, Any]:
     """The files of a corpus and what is read of them, as plain data."""
-    return {"text_column": corpus.text, "files": {source.name: source.size for source in corpus.sources}}
+    files = {source.name: f"{source.size:,} bytes {source.version}".strip() for source in corpus.sources}
+    return {"text_column": corpus.text, "files": files}
 
 
 def kept_beside(out: str | os.PathLike[str]) -> Path:
-    """Folder of the ledger of a run that writes `out`."""
+    """Folder of the ledger of a run that writes `out`: beside it, or, for a URL, in the user's folder."""
+    url = url_of(out)
+    if url is not None:
+        return home() / "runs" / f"{key_of(url):016x}.ledger"
     path = Path(out)
     return path.with_name(f".{path.name}.ledger")
 

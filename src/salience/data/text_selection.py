@@ -29,8 +29,9 @@ from salience.data.proof import Proof, prove
 from salience.data.text_passes import METHODS, Progress, TextPasses, kept_beside
 from salience.data.text_stages import KINDS
 from salience.errors import InputError, NothingToDo, SalienceError
-from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, write_quarantine
-from salience.io.ledger import differences, some
+from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
+from salience.io.ledger import corpus_digest, differences, some
+from salience.io.place import exists
 from salience.scores import Scores
 
 TELLING = 20
@@ -121,8 +122,8 @@ def select_text(
 ) -> TextSelection:
     """Choose documents of `raw` that are like `targets` and write their records to `out`.
 
-    Finished units are kept in a ledger beside the output until the run is done: a run that was killed goes on from there
-    with ``resume=True``, and gives the same bytes.
+    Finished units are kept in a ledger beside the output until the run is done: a run that was killed goes on from
+    there with ``resume=True``, and gives the same bytes.
 
     Parameters
     ----------
@@ -172,24 +173,26 @@ def select_text(
         "scores": None if scores is None else _digest(scores),
     }  # fmt: skip
     facts = {"scoring": run.scoring_facts(), "choice": choice}
-    if resume and os.path.exists(out):
-        refuse_finished(out, facts, run)
-    with Output(out, overwrite, [raw, *targets]) as output:
-        writer = RecordWriter(output.file(), os.path.basename(out), raw)
-        with _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing:
-            run.scoring = run.choosing
-            if from_scores is not None:
-                run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
-            run.read_targets()
-            run.survey()
-            run.fit()
-            wanted = count if count is not None else max(1, round((fraction or 0) * run.tally.documents))
-            run.draw(name, wanted, top_k, scores)
-            run.copy(writer)
-            if run.tally.bad or run.target_tally.bad:
-                write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
-            result = _result(run, os.fspath(out))
-            result.manifest = output.commit(_record("select text", run, facts, result.counts, result.proof))
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
+    with (
+        Output(out, overwrite, [raw, *targets]) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing,
+    ):
+        output.sweep()
+        writer = RecordWriter(output.file(), os.path.basename(os.fspath(out)), raw)
+        run.scoring = run.choosing
+        if from_scores is not None:
+            run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
+        run.read_targets()
+        run.survey()
+        run.fit()
+        wanted = count if count is not None else max(1, round((fraction or 0) * run.tally.documents))
+        run.draw(name, wanted, top_k, scores)
+        run.copy(writer)
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        result = _result(run, os.fspath(out))
+        result.manifest = output.commit(_record("select text", run, facts, result.counts, result.proof))
     return result
 
 
@@ -230,22 +233,24 @@ def score_text(
         raise InputError("scores of separate targets are several per document; score one target at a time")
     run = TextPasses(raw, targets, model, hold_out=hold_out, compare=False, engine=engine, progress=progress)
     facts = {"scoring": run.scoring_facts()}
-    if resume and os.path.exists(out):
-        refuse_finished(out, facts, run)
-    with Output(out, overwrite, [raw, *targets], folder=True) as output:
-        with _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring:
-            run.read_targets()
-            run.survey()
-            run.fit()
-            counts = {name: getattr(run.tally, name) for name in ("read", "documents", "blank", "quarantined")}
-            provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
-            Scores.save_parts(output.file("scores.parquet"), map(_named, run.weighed()), "sample", provenance)
-            model.save(output.file("model.safetensors"))
-            if run.tally.bad or run.target_tally.bad:
-                write_quarantine(output.file("quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
-            for path in run.scoring.files():
-                _link(path, output.file(path.name))
-            return output.commit(_record("select text --scores-only", run, facts, counts, None))
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
+    with (
+        Output(out, overwrite, [raw, *targets], folder=True) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring,
+    ):
+        output.sweep()
+        run.read_targets()
+        run.survey()
+        run.fit()
+        counts = {name: getattr(run.tally, name) for name in ("read", "documents", "blank", "quarantined")}
+        provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
+        Scores.save_parts(output.file("scores.parquet"), map(_named, run.weighed()), "sample", provenance)
+        model.save(output.file("model.safetensors"))
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file("quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        for path in run.scoring.files():
+            _link(path, output.file(path.name))
+        return output.commit(_record("select text --scores-only", run, facts, counts, None))
 
 
 def _link(path: Path, to: Path) -> None:
@@ -284,20 +289,28 @@ def _ledger(folder: Path, facts: dict[str, Any], resume: bool, overwrite: bool) 
     ledger.remove()
 
 
-def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: TextPasses) -> None:
-    """Raise `AlreadyDone` if `out` is what a run with these facts and these input bytes wrote.
+def _is_unfinished(out: str | os.PathLike[str], facts: dict[str, Any], run: TextPasses) -> bool:
+    """Whether a run was interrupted: then what stands under its output's name is old, or its own without a manifest.
 
     Raises
     ------
+    AlreadyDone
+        `out` is what a run with these facts and these input bytes wrote.
     InputError
-        It is of another run.
+        It is of another run, or damaged.
     """
-    from salience.io import verify_output
-
-    manifest = verify_output(out).manifest
+    if kept_beside(out).exists() or not exists(out):
+        return True
+    verified = verify_output(out)
+    if not verified.ok:
+        raise InputError(
+            f"output {out} is not as it was written (salience verify output {out}); --overwrite replaces it"
+        )
+    manifest = verified.manifest
     changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
-    if not changes and manifest["digests"] != run.digests():
-        changes = ["the bytes of " + ", ".join(n for n, d in run.digests().items() if manifest["digests"][n] != d)]
+    if not changes:
+        now = {name: corpus_digest(corpus, run.model.workers) for name, corpus in run.corpora().items()}
+        changes = [f"the bytes of {name} have changed" for name in now if now[name] != manifest["digests"][name]]
     if changes:
         raise InputError(f"output {out} is of another run: {some(changes)}. --overwrite replaces it")
     raise AlreadyDone(f"{out} is complete already", manifest)
@@ -306,7 +319,8 @@ def refuse_finished(out: str | os.PathLike[str], facts: dict[str, Any], run: Tex
 def _named(part: tuple[Unit, dict[str, np.ndarray]]) -> tuple[pa.Array, np.ndarray]:
     unit, weighed = part
     rows = pa.array(weighed["rows"]).cast(pa.large_string())
-    return pc.binary_join_element_wise(pa.scalar(unit.source.name, pa.large_string()), rows, ":"), weighed["sums"][:, 0]
+    name, colon = (pa.scalar(text, pa.large_string()) for text in (unit.source.name, ":"))
+    return pc.binary_join_element_wise(name, rows, colon), weighed["sums"][:, 0]
 
 
 def _digest(scores: Scores) -> str:

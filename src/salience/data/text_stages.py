@@ -191,8 +191,9 @@ class Weigh:
     kept: Mapping[int, list[Hashed]] = field(default_factory=dict)
 
     def __call__(self, unit: Unit) -> tuple[dict[str, np.ndarray], dict[str, Any] | None]:
-        rows, tokens = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        sums = [np.empty((0, len(self.tables)))]
+        rows: list[np.ndarray] = [np.empty(0, np.int64)]
+        tokens: list[np.ndarray] = [np.empty(0, np.int32)]
+        sums: list[np.ndarray] = [np.empty((0, len(self.tables)))]
         for batch in self._hashed(unit):
             rows.append(batch.rows)
             tokens.append(batch.buckets.tokens.astype(np.int32))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from salience.io.reader import Batch, peek, read
     from salience.io.tables import TableBatch, TableReader, as_numbers
     from salience.io.tally import Tally
+    from salience.io.verify import Verification, verify_output
     from salience.io.writer import RecordWriter, records_of, write_quarantine
 
 _WHERE = {
@@ -25,6 +26,7 @@ _WHERE = {
     "Ledger": "ledger",
     "Output": "output", "checksum": "output",
     "RecordWriter": "writer", "records_of": "writer", "write_quarantine": "writer",
+    "Verification": "verify", "verify_output": "verify",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "TableReader",
     "Tally",
     "Unit",
+    "Verification",
     "as_numbers",
     "available_cores",
     "checksum",
@@ -50,6 +53,7 @@ __all__ = [
     "read",
     "records_of",
     "uniform",
+    "verify_output",
     "write_quarantine",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -123,7 +123,7 @@ def _on_ray(
     import ray
     from ray.exceptions import RayError, RayTaskError
 
-    task = ray.remote(_apply).options(max_retries=3)  # Ray's retries, of what a dying worker was at
+    task: Any = ray.remote(_apply).options(max_retries=3)  # Ray's retries, of what a dying worker was at
     shared = ray.put(fn)
     window = _AHEAD * (workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
     waiting: deque[tuple[Unit, Any]] = deque()  # in order

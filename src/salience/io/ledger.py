@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from salience.errors import DataError, InputError
-from salience.io.corpus import Unit
+from salience.io.corpus import Corpus, Unit
 from salience.io.engine import map_units
 from salience.io.pack import pack, unpack
 
@@ -70,7 +70,7 @@ class Ledger:
             raise InputError(
                 f"an interrupted run is kept in {folder}; pass --resume to finish it, or --overwrite to start again"
             )
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._set(folder, facts, kinds)
         self._hold()
         if not resume:
@@ -157,8 +157,7 @@ class Ledger:
 
     def digest(self, stage: str) -> str:
         """xxh3-128 of the digests of all units of a finished stage, in order."""
-        digests = [entry.digest for _, entry in sorted(self._entries[stage].items())]
-        return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+        return _joined([entry.digest for _, entry in sorted(self._entries[stage].items())])
 
     def files(self) -> list[Path]:
         """What the ledger consists of on the disk."""
@@ -273,6 +272,15 @@ def _shown(value: Any) -> str:
     return "absent" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def corpus_digest(corpus: Corpus, workers: int | None = None) -> str:
+    """What `Ledger.digest` gives for a stage over all units of a corpus."""
+    return _joined([digest for _, digest in map_units(unit_digest, corpus.units, workers=workers)])
+
+
+def _joined(digests: Sequence[str]) -> str:
+    return xxhash.xxh3_128_hexdigest("".join(digests).encode())
+
+
 def _place(unit: Unit) -> str:
     if unit.source.table is not None:
         return f"rows {unit.start:,} to {unit.stop:,}"
@@ -284,15 +292,17 @@ def _place(unit: Unit) -> str:
 def unit_digest(unit: Unit) -> str:
     """xxh3-128 of the bytes of a unit, as 32 hexadecimal digits.
 
-    Of a compressed file all bytes count; of a remote one the version that its store names, as reading it once more would
-    cost as much as the run.
+    Of a compressed file all bytes count; of a remote one the version that its store names, as reading it once more
+    would cost as much as the run.
     """
     source = unit.source
     if source.table is not None:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, source.table.schema) as stream:
-            stream.write_table(source.table.slice(unit.start, unit.stop - unit.start))
+            stream.write_table(source.table.take(pa.array(range(unit.start, unit.stop), pa.int64())))
         return xxhash.xxh3_128_hexdigest(sink.getvalue())
+    if source.is_remote:
+        return xxhash.xxh3_128_hexdigest(f"{source.version} {unit.start} {unit.stop}".encode())
     start, stop = _bytes_of(unit)
     digest = xxhash.xxh3_128()
     with open(source.path, "rb") as file:

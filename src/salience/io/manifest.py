@@ -49,9 +49,14 @@ def parse_manifest(data: bytes) -> dict[str, Any]:
     if xxhash.xxh3_128_hexdigest(found["body"]).encode() != found["digest"]:
         raise ValueError("is not as it was written: its own checksum differs")
     manifest = json.loads(data)
-    if not isinstance(manifest, dict) or "salience" not in manifest or not isinstance(manifest.get("files"), dict):
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
         raise ValueError("is no manifest of salience")
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3_128"), str)
 
 
 def unlisted(names: Iterable[str], manifest: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,9 @@ _MARK = "$"  # key of what stands for something that JSON has no form for
 
 
 def pack(value: Any, kinds: Sequence[type] = ()) -> bytes:
-    """Turn numbers, strings, bytes, None, arrays, Arrow tables, lists, dicts and `kinds` into bytes; tuples become lists.
+    """Turn plain data into bytes: numbers, strings, bytes, None, arrays, Arrow tables, lists, dicts, and `kinds`.
+
+    Tuples come back as lists.
 
     Raises
     ------

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from salience.errors import DataError, NothingToDo
@@ -200,7 +199,7 @@ def _tables(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[pa.Table]:
         for start in range(0, part.num_rows, BATCH_ROWS):
             yield part.slice(start, BATCH_ROWS)
         return
-    with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+    with lines.open_parquet(source) as file:
         columns = None if whole else [corpus.text]
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[unit.start], columns=columns, use_threads=False):
             yield pa.Table.from_batches([batch])

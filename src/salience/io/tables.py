@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from salience.errors import DataError, InputError, NothingToDo, nearest
@@ -63,7 +62,7 @@ class TableReader:
     Parameters
     ----------
     inputs : str, path, table or a list of them
-        Paths, globs and directories of .csv (also .gz and .zst) and .parquet; any object with the Arrow stream
+        Paths, globs, directories and URLs of .csv (also .gz and .zst) and .parquet; any object with the Arrow stream
         protocol (pandas, polars, `datasets.Dataset`, pyarrow). A `pyarrow.RecordBatchReader` can be read once.
     columns : sequence of str, optional
         Read these only, in this order; all by default.
@@ -126,7 +125,8 @@ class TableReader:
             if source.format == "csv":
                 names = lines.csv_header(source)[0]
             elif source.format == "parquet":
-                names = pq.read_schema(source.path).names
+                with lines.open_parquet(source) as file:
+                    names = file.schema_arrow.names
             elif source.format == "table":
                 names = source.table.schema.names  # type: ignore[union-attr]
                 names = [name for name in names if not _UNNAMED_INDEX.fullmatch(name)]
@@ -177,7 +177,7 @@ class TableReader:
 
     def _tables(self, source: Source) -> Iterator[pa.Table]:
         if source.format == "parquet":
-            with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+            with lines.open_parquet(source) as file:
                 for batch in file.iter_batches(BATCH_ROWS, columns=self.columns, use_threads=False):
                     yield pa.Table.from_batches([batch]).select(self.columns)
         elif source.table is not None:

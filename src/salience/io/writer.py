@@ -43,8 +43,8 @@ class RecordWriter:
         suffixes = Path(name).suffixes
         compression = COMPRESSIONS.get(suffixes[-1].lower()) if suffixes else None
         ending = suffixes[-2] if compression and len(suffixes) > 1 else (suffixes or [""])[-1]
-        self.format = FORMATS.get(ending.lower())
-        if self.format is None or (compression and self.format == "parquet"):
+        self.format = FORMATS.get(ending.lower(), "")
+        if not self.format or (compression and self.format == "parquet"):
             raise InputError(f"output {name} has an unknown ending; use .jsonl, .csv, .txt or .parquet")
         rows = {"table": "parquet"}
         others = sorted(

@@ -166,8 +166,8 @@ def _numbered(first, second, size):
 def controls(rng: np.random.Generator, columns: list[Coded], label: Coded) -> list[tuple[UInt[np.ndarray, " n"], int]]:
     """The columns `CONTROLS`, as codes and what they stay below: noise of several cardinalities, and the label itself.
 
-    Of Gaussian and uniform numbers and of a running number no two rows share a value; they all look alike to any measure
-    of categories. The volume is the whole row as one value: noise too, unless equal rows repeat with their label.
+    No two rows share a Gaussian, a uniform or a running number; all three look alike to any measure of categories. The
+    volume is the whole row as one value: noise too, unless equal rows repeat with their label.
     """
     n = len(label.codes)
     unique = np.arange(n, dtype=np.uint32)

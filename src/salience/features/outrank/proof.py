@@ -91,8 +91,8 @@ class RankProof:
             f"({plain.low:+.4f} to {plain.high:+.4f})"
         )  # fmt: skip
         return (
-            f"the {self.k} best columns are {words[self.better]} {self.k} random ones here: log loss {losses.chosen:.4f} "
-            f"against {losses.other:.4f} (difference {losses.difference:+.4f}, 95 % interval {losses.low:+.4f} to "
+            f"the {self.k} best columns are {words[self.better]} {self.k} random ones here: log loss "
+            f"{losses.chosen:.4f} against {losses.other:.4f} (difference {losses.difference:+.4f}, 95 % interval {losses.low:+.4f} to "
             f"{losses.high:+.4f}), accuracy {hits.chosen:.1%} against {hits.other:.1%}; {beside}"
         )
 
@@ -139,18 +139,21 @@ def prove(report: RankReport, k: int | None = None) -> RankProof:
     randoms = [name for name in selections if name.startswith("random ")]
     comparisons = []
     others = [name for name in ("plain MI", "3MR", "all columns") if name in selections]
-    for baseline, names in (("random", randoms), *((name, [name]) for name in others)):
+    for baseline, names in {"random": randoms, **{name: [name] for name in others}}.items():
         for measure, sign, found in (("log loss", -1, losses), ("accuracy", 1, hits)):
             other = [sign * found[name] for name in names]
             gain = difference_over_draws(sign * found["outrank"], other, random_state=seed)
             comparisons.append(Comparison(measure, baseline, float(found["outrank"].mean()),
                                           float(sign * np.mean(other)), gain.mean, gain.low, gain.high))  # fmt: skip
     shares = np.bincount(y[train]) / train.sum()
-    summary = [{name: float(found[name].mean()) for name in ("outrank", *others)}
-               | {"random": float(np.mean([found[name].mean() for name in randoms]))} for found in (hits, losses)]  # fmt: skip
-    summary[0]["majority"] = float((y[test] == shares.argmax()).mean())
-    summary[1]["majority"] = float(-np.log(shares[y[test]]).mean())
-    return RankProof(k, selections, (int(train.sum()), int(test.sum())), summary[0], summary[1], comparisons)
+    accuracy, log_loss = (
+        {name: float(found[name].mean()) for name in ("outrank", *others)}
+        | {"random": float(np.mean([found[name].mean() for name in randoms]))}
+        for found in (hits, losses)
+    )
+    accuracy["majority"] = float((y[test] == shares.argmax()).mean())
+    log_loss["majority"] = float(-np.log(shares[y[test]]).mean())
+    return RankProof(k, selections, (int(train.sum()), int(test.sum())), accuracy, log_loss, comparisons)
 
 
 def _selections(report: RankReport, k: int, seed: int) -> dict[str, list[str]]:

@@ -165,9 +165,7 @@ class _Run:
                 self.constant_rows = max(self.constant_rows, len(rows))
                 self.not_scored += len(rows)
                 continue
-            batch = np.empty((len(codes), len(rows)), np.uint32)
-            list(self.map(lambda at: np.take(codes[at][0], rows, out=batch[at]), range(len(codes))))
-            self.scores.add(batch, below, y, len(label.values))
+            self.scores.add(np.stack([column[rows] for column, _ in codes]), below, y, len(label.values))
         self._check_classes()
 
     def _coded(self, name: str, column: pa.ChunkedArray) -> Coded:

@@ -15,7 +15,6 @@ from scipy.spatial.distance import squareform
 from salience.errors import InputError, NothingToDo
 from salience.features.outrank.batches import BatchScores
 from salience.features.outrank.columns import CONTROL, NOISE
-from salience.io import Source
 from salience.io.lines import Bad
 from salience.scores import Scores
 
@@ -63,7 +62,7 @@ class RankReport:
     exist: tuple[int, int]  # pairs and combinations that there are
     sample: pa.Table = field(repr=False)
     held: pa.Table | None = field(repr=False)
-    bad: list[tuple[Source, Bad]] = field(repr=False)
+    bad: list[tuple[str, Bad]] = field(repr=False)
 
     @classmethod
     def build(

@@ -72,7 +72,7 @@ class Rows(NamedTuple):
             table = pa.concat_tables([part.table for part in parts], promote_options="permissive")
         except (pa.ArrowException, TypeError) as error:
             raise DataError(f"the inputs have a column of different types: {error}") from error
-        return cls(table, *(np.concatenate([part[at] for part in parts]) for at in (1, 2, 3)))  # type: ignore[arg-type]
+        return cls(table, *(np.concatenate([part[at] for part in parts]) for at in (1, 2, 3)))
 
 
 class Kept:
@@ -88,8 +88,8 @@ class Kept:
     """
 
     def __init__(
-        self, reader: TableReader, label: str, missing: tuple[str, ...], subsample: int, hold_out: float, max_bad: float,
-        seed: int,
+        self, reader: TableReader, label: str, missing: tuple[str, ...], subsample: int, hold_out: float,
+        max_bad: float, seed: int,
     ) -> None:  # fmt: skip
         self.tally, self.passed_over, self.unlabelled = Tally(), 0, 0
         self._reader, self._label, self._missing = reader, label, missing
