@@ -11,21 +11,19 @@ Random is the mean of several random selections of equal size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
 import xxhash
 from jaxtyping import Float, Int
 
 from salience.data.dsir.features import Buckets, HashedNgrams
 from salience.data.dsir.weights import log_ratio
 from salience.errors import InputError
-from salience.measure import paired_difference
+from salience.measure import difference_over_draws
 from salience.measure.language import ByteNgram
 
 MODEL_BYTES = 2_000_000
@@ -281,21 +279,10 @@ def _shares(sums: Float[np.ndarray, " n"], lengths: Float[np.ndarray, " n"]) -> 
 def _compare(
     measure: str, baseline: str, chosen: np.ndarray, others: list[np.ndarray], sign: int, seed: int
 ) -> Comparison:
-    """Compare with the mean over draws of a baseline.
-
-    The interval over documents is widened by how far one more draw may lie from the mean of n, t s sqrt(1 + 1/n):
-    documents alone would call one random draw in six better than others.
-    """
+    """Compare with the mean over draws of a baseline."""
     other = np.mean(others, axis=0)
-    found = paired_difference(sign * chosen, sign * other, random_state=seed)
-    reach, draws = 0.0, len(others)
-    if draws > 1:
-        spread = float(np.std([draw.mean() for draw in others], ddof=1))
-        reach = float(scipy.stats.t.ppf(0.975, draws - 1)) * spread * math.sqrt(1 + 1 / draws)
-    low, high = (
-        found.mean + side * math.hypot(end - found.mean, reach) for side, end in ((-1, found.low), (1, found.high))
-    )
-    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, low, high)
+    found = difference_over_draws(sign * chosen, [sign * draw for draw in others], random_state=seed)
+    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high)
 
 
 def _within(texts: list[str], budget: int) -> list[str]:

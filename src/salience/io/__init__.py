@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from salience.io.lines import Bad
     from salience.io.output import Output, checksum
     from salience.io.reader import Batch, peek, read
+    from salience.io.tables import TableBatch, TableReader, as_numbers
     from salience.io.tally import Tally
     from salience.io.verify import Verification, verify_output
     from salience.io.writer import RecordWriter, records_of, write_quarantine
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
     "Batch": "reader", "read": "reader", "peek": "reader",
+    "TableBatch": "tables", "TableReader": "tables", "as_numbers": "tables",
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine", "connect_ray": "engine",
     "Ledger": "ledger",
@@ -35,9 +37,12 @@ __all__ = [
     "Output",
     "RecordWriter",
     "Source",
+    "TableBatch",
+    "TableReader",
     "Tally",
     "Unit",
     "Verification",
+    "as_numbers",
     "available_cores",
     "checksum",
     "connect_ray",

@@ -111,7 +111,7 @@ class Corpus:
 
     def __init__(self, inputs: Any, text: str = "text") -> None:
         self.text = text
-        self.sources = _sources(inputs)
+        self.sources = find_sources(inputs)
         units = [unit for source in self.sources for unit in _cut(source, text)]
         self.units = [replace(unit, number=number) for number, unit in enumerate(units)]
         if not self.units:
@@ -149,7 +149,8 @@ class Corpus:
         return whole
 
 
-def _sources(inputs: Any) -> list[Source]:
+def find_sources(inputs: Any) -> list[Source]:
+    """The files and tables that `inputs` stand for: files sorted by path, then tables in their order."""
     items = inputs if isinstance(inputs, list | tuple) else [inputs]
     if not items:
         raise InputError("no input was named")

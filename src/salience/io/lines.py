@@ -83,7 +83,7 @@ def open_parquet(source: Source) -> pq.ParquetFile:
 
 def _record_ends(block, quoted, state):
     """Positions one past each newline that ends a record, and the state behind the last byte."""
-    if quoted:
+    if quoted and (state == _QUOTED or 34 in block):
         return _csv_ends(block, state)
     return np.flatnonzero(block == 10) + 1, state
 
@@ -300,7 +300,7 @@ def parse_csv(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str, na
     full = np.flatnonzero(stops > starts)
     # Arrow's rows are our records, but for lines of white space, and lone carriage returns, which end its rows.
     plain = len(full) and (np.frombuffer(block, np.uint8)[starts[full]] > 32).all()
-    if plain and block.count(b"\r") == block.count(b"\r\n"):
+    if plain and (b"\r" not in block or block.count(b"\r") == block.count(b"\r\n")):
         table = _csv_table(block, names)
         if table is not None and table.num_rows == len(full):
             column = table[text].combine_chunks()

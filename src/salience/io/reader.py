@@ -153,7 +153,7 @@ def _behind_header(block, offset, starts, stops, begin):
 
 def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | None) -> Iterator[Batch]:
     row = unit.first_row
-    for table in map(_plain, _tables(corpus, unit, whole)):
+    for table in map(plain_types, _tables(corpus, unit, whole)):
         text = table[corpus.text].combine_chunks()
         if pa.types.is_dictionary(text.type):
             text = text.cast(pa.large_string())
@@ -167,7 +167,7 @@ def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | Non
         yield Batch(unit.source, rows, text, None, table if whole else None, 0, bad)
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def plain_types(table: pa.Table) -> pa.Table:
     """The table without Arrow's view types, which have no kernels to filter and take by."""
     plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     fields = [field.with_type(plain.get(field.type, field.type)) for field in table.schema]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from salience.errors import DataError, NothingToDo
 from salience.io.lines import Bad
 from salience.io.reader import Batch
+
+if TYPE_CHECKING:
+    from salience.io.tables import TableBatch
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Tally:
         """Number of records set aside."""
         return len(self.bad)
 
-    def add(self, batch: Batch, max_bad: float) -> None:
+    def add(self, batch: Batch | TableBatch, max_bad: float) -> None:
         """Count a batch; with ``max_bad == 0`` the first bad record stops the run."""
         self.documents += len(batch)
         self.blank += batch.blank
