@@ -181,7 +181,7 @@ class LayerSaliency(Attribution):
             names = [name or "the input" for name, row in zip(self.layers, flat) if bool(row.any())]
             warnings.warn(
                 f"flat maps at {', '.join(names)} ({int(flat.sum())} of {flat.numel()}) point nowhere and become 0; "
-                "an earlier layer may tell more", stacklevel=6,
+                "an earlier layer may tell more", stacklevel=7,
             )  # fmt: skip
             maps = [one.masked_fill(row[:, None, None], 0.0) for one, row in zip(maps, flat, strict=True)]
         if self.upsample:
