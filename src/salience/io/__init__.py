@@ -1,5 +1,7 @@
 """The one reader and the one writer of corpora and tables."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING
 
 from salience._lazy import exports
@@ -15,25 +17,28 @@ if TYPE_CHECKING:
     from salience.io.tables import TableBatch, TableReader, as_numbers
     from salience.io.tally import Tally
     from salience.io.verify import Verification, verify_output
-    from salience.io.writer import RecordWriter, records_of, write_quarantine
+    from salience.io.writer import Output, RecordWriter, checksum, records_of, write_quarantine
 
-_WHERE = {
+_WHERE: dict[str, str] = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
-    "Batch": "reader", "read": "reader", "peek": "reader",
-    "TableBatch": "tables", "TableReader": "tables", "as_numbers": "tables",
-    "Tally": "tally", "Bad": "lines",
-    "map_units": "engine", "available_cores": "engine", "connect_ray": "engine",
+    "available_cores": "engine", "connect_ray": "engine", "map_units": "engine",
+    "gumbel": "keys", "key_of": "keys", "uniform": "keys",
     "Ledger": "ledger",
+    "Bad": "lines",
     "Output": "output", "checksum": "output",
-    "RecordWriter": "writer", "records_of": "writer", "write_quarantine": "writer",
+    "Batch": "reader", "peek": "reader", "read": "reader",
+    "TableBatch": "tables", "TableReader": "tables", "as_numbers": "tables",
+    "Tally": "tally",
     "Verification": "verify", "verify_output": "verify",
-    "uniform": "keys", "gumbel": "keys", "key_of": "keys",
+    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "records_of": "writer",
+    "write_quarantine": "writer",
 }  # fmt: skip
 __all__ = [
     "Bad",
     "Batch",
     "Corpus",
     "Ledger",
+    "Output",
     "Output",
     "RecordWriter",
     "Source",
@@ -44,6 +49,7 @@ __all__ = [
     "Verification",
     "as_numbers",
     "available_cores",
+    "checksum",
     "checksum",
     "connect_ray",
     "gumbel",
