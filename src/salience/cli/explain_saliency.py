@@ -110,7 +110,7 @@ def _run(model, images, out, chosen, given, *, layers, target, arch, size, mean,
             "command": "explain saliency", "model": model, "images": list(images), "methods": list(chosen),
             "layers": result.layers, "target": target, "options": given, "seed": seed, "steps": steps,
         }  # fmt: skip
-        page = report or folder.path / "report.html"
+        page = report or f"{out}/report.html"
         write_page(result, pictures, settings, report or folder.file("report.html"))
         folder.commit({**settings, "counts": {"images": len(pictures), "measured": len(result.measured)}})
     _print(result, pictures, out, page, as_json)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from salience.io.tables import TableBatch, TableReader, as_numbers
     from salience.io.tally import Tally
     from salience.io.verify import Verification, verify_output
-    from salience.io.writer import Output, RecordWriter, checksum, records_of, write_quarantine
+    from salience.io.writer import RecordWriter, records_of, write_quarantine
 
 _WHERE: dict[str, str] = {
     "Corpus": "corpus", "Source": "corpus", "Unit": "corpus",
@@ -30,7 +30,7 @@ _WHERE: dict[str, str] = {
     "TableBatch": "tables", "TableReader": "tables", "as_numbers": "tables",
     "Tally": "tally",
     "Verification": "verify", "verify_output": "verify",
-    "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "records_of": "writer",
+    "RecordWriter": "writer", "records_of": "writer",
     "write_quarantine": "writer",
 }  # fmt: skip
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "Batch",
     "Corpus",
     "Ledger",
-    "Output",
     "Output",
     "RecordWriter",
     "Source",
@@ -49,7 +48,6 @@ __all__ = [
     "Verification",
     "as_numbers",
     "available_cores",
-    "checksum",
     "checksum",
     "connect_ray",
     "gumbel",
