@@ -27,11 +27,11 @@ def json_texts(block: bytes, starts: np.ndarray, stops: np.ndarray, name: str) -
     block : bytes
         Valid UTF-8. Record i is ``block[starts[i]:stops[i]]``, begins with {, ends with }, and holds no newline.
     """
-    texts, offsets = np.empty(len(block) + 64, np.uint8), np.zeros(len(starts) + 1, np.int32)
+    texts, offsets = pa.allocate_buffer(len(block) + 64), np.zeros(len(starts) + 1, np.int32)
     field = np.frombuffer(name.encode("utf-8"), np.uint8)
-    if not _read(np.frombuffer(block, np.uint8), starts, stops, field, texts, offsets):
+    if not _read(np.frombuffer(block, np.uint8), starts, stops, field, np.frombuffer(texts, np.uint8), offsets):
         return None
-    return pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets), pa.py_buffer(texts[: offsets[-1]]))
+    return pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets), texts.slice(0, int(offsets[-1])))
 
 
 @numba.njit(nogil=True, cache=True)
