@@ -7,10 +7,11 @@ is a Ray task; Ray schedules, retries what a dying worker was at, and moves the 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -66,20 +67,26 @@ def map_units(
     if count == 1 or len(units) == 1:
         yield from ((unit, finish(unit)) for unit in units)
         return
-    with ThreadPoolExecutor(count) as pool:
-        waiting: deque[tuple[Unit, Future[T]]] = deque()
-        try:
-            for unit in units:
-                waiting.append((unit, pool.submit(finish, unit)))
-                if len(waiting) == _AHEAD * count:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            while waiting:
+    pool, waiting = _threads(count), deque[tuple[Unit, Future[T]]]()
+    try:
+        for unit in units:
+            waiting.append((unit, pool.submit(finish, unit)))
+            if len(waiting) == _AHEAD * count:
                 ready, future = waiting.popleft()
                 yield ready, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        while waiting:
+            ready, future = waiting.popleft()
+            yield ready, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+        wait([future for _, future in waiting])  # what runs on may still use what the caller closes now
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(count: int) -> ThreadPoolExecutor:
+    """One pool for all passes: new threads would fault in all their memory anew."""
+    return ThreadPoolExecutor(count)
 
 
 def connect_ray(address: str | None = None, workers: int | None = None) -> None:
