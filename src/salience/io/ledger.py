@@ -26,6 +26,7 @@ from salience.errors import DataError, InputError
 from salience.io.corpus import Corpus, Unit
 from salience.io.engine import map_units
 from salience.io.pack import pack, unpack
+from salience.io.reader import plain_types
 
 _FACTS = "run.json"
 _HEAD, _NAME = 24, 24  # bytes of an entry's size and checksum, and of the unit's number and digest
@@ -297,9 +298,11 @@ def unit_digest(unit: Unit) -> str:
     """
     source = unit.source
     if source.table is not None:
+        # Taken, not sliced: a slice is written with what happens to stand around it.
+        rows = plain_types(source.table).take(pa.array(range(unit.start, unit.stop), pa.int64()))
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, source.table.schema) as stream:
-            stream.write_table(source.table.take(pa.array(range(unit.start, unit.stop), pa.int64())))
+        with pa.ipc.new_stream(sink, rows.schema) as stream:
+            stream.write_table(rows)
         return xxhash.xxh3_128_hexdigest(sink.getvalue())
     if source.is_remote:
         return xxhash.xxh3_128_hexdigest(f"{source.size} {source.version} {unit.start} {unit.stop}".encode())
