@@ -7,9 +7,12 @@ from salience._lazy import exports
 if TYPE_CHECKING:
     from salience.model.at import capture, eager_attention, layer, logits_of, replace, run, training_mode
     from salience.model.batches import map_batches
+    from salience.model.channels import ChannelGroup, ChannelMap, channel_groups
     from salience.model.fitting import History, fit
+    from salience.model.flops import layer_flops
     from salience.model.loading import Loaded, load
     from salience.model.safe import check_directory
+    from salience.model.saving import save_narrowed
     from salience.model.shards import rewrite
     from salience.model.split import Split
     from salience.model.text import embed, span_log_probs
@@ -30,26 +33,36 @@ _WHERE: dict[str, str] = {
     "map_batches": "batches",
     "fit": "fitting",
     "History": "fitting",
+    "ChannelGroup": "channels",
+    "ChannelMap": "channels",
+    "channel_groups": "channels",
+    "layer_flops": "flops",
+    "save_narrowed": "saving",
     "rewrite": "shards",
     "span_log_probs": "text",
     "embed": "text",
 }
 __all__ = [
+    "ChannelGroup",
+    "ChannelMap",
     "History",
     "Loaded",
     "Split",
     "capture",
+    "channel_groups",
     "check_directory",
     "eager_attention",
     "embed",
     "fit",
     "layer",
+    "layer_flops",
     "load",
     "logits_of",
     "map_batches",
     "replace",
     "rewrite",
     "run",
+    "save_narrowed",
     "span_log_probs",
     "training_mode",
 ]
