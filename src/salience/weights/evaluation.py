@@ -146,7 +146,8 @@ class Evaluation:
         labels = _matched(torch.as_tensor(images.labels), images.class_names, model)
         if logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
             raise DataError(
-                f"{self.data}: label {int(labels.max())}, but {type(model).__name__} gives {tuple(logits.shape[1:])} logits"
+                f"{self.data}: label {int(labels.max())} is there, but {type(model).__name__} gives "
+                f"{tuple(logits.shape[1:])} logits"
             )
         if not torch.isfinite(logits).all():
             raise DataError(f"{type(model).__name__}: logits are not finite")
@@ -219,7 +220,7 @@ class Comparison:
         return bootstrap_interval(self.scores[name], random_state=self.seed)
 
     def gain(self, name: str, over: str) -> PairedDifference:
-        """By how much `name` is better than `over`, with its 95 % interval: positive is better, whatever the measure."""
+        """By how much `name` is better than `over`, with its 95 % interval: positive is better, for any measure."""
         sign = 1 if self.higher_is_better else -1
         return paired_difference(sign * self.scores[name], sign * self.scores[over], random_state=self.seed)
 
@@ -228,10 +229,10 @@ class Comparison:
 
         From 5 examples on the 95 % interval decides; a single figure of a command has none and decides nothing.
         """
-        mean, low, high, _, n = self.gain(name, over)
-        if mean <= 0:
+        gain = self.gain(name, over)
+        if gain.mean <= 0:
             return False
-        return True if n >= 5 and low > 0 else None
+        return True if gain.n >= 5 and gain.low > 0 else None
 
     def as_dict(self, name: str) -> dict[str, Any]:
         """Plain data for ``--json``: each mean, and the gain of `name` over each other model."""
