@@ -173,3 +173,66 @@ def _other(tokenizer):
             return {"input_ids": [[1, 2] for _ in texts]}
 
     return Loaded(build("llama"), Two())
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of pictures in three classes; the tiny networks give 3 logits."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+def test_accuracy_counts_each_picture(pictures):
+    from salience.model import read_images
+
+    model = build("plain")
+    images = read_images(pictures)
+    with torch.no_grad():
+        predicted = torch.stack([model(images[i][0][None])[0].argmax() for i in range(len(images))])
+    evaluation = Evaluation(pictures, batch_size=5)
+    assert evaluation.kind == "images" and evaluation.higher_is_better
+    scores = evaluation.score(Loaded(model, None))
+    np.testing.assert_array_equal(scores, (predicted == images.labels).double().numpy())
+    assert 0 < scores.mean() < 1
+
+
+def test_classes_are_matched_by_name_where_the_model_knows_them(pictures):
+    model = build("vit")
+    plain = Evaluation(pictures).score(Loaded(model, None))
+    model.config.label2id = {"cat": 0, "bee": 1, "ant": 2}
+    named = Evaluation(pictures).score(Loaded(model, None))
+    predicted = plain.astype(bool)
+    assert (named[4:8] == predicted[4:8]).all() and not np.array_equal(named, plain)
+
+
+def test_images_in_parquet_are_told_from_text(tmp_path, tokenizer):
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(6):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(stream, "PNG")
+        rows.append({"bytes": stream.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": rows, "label": [0, 1, 2, 0, 1, 2]}), tmp_path / "i.parquet")
+    pq.write_table(pa.table({"text": ["w1 w2 w3", "w2 w4"]}), tmp_path / "t.parquet")
+    assert Evaluation(tmp_path / "i.parquet").kind == "images" and Evaluation(tmp_path / "t.parquet").kind == "text"
+    assert len(Evaluation(tmp_path / "i.parquet", limit=4).score(Loaded(build("plain"), None))) == 4
+    assert len(Evaluation(tmp_path / "t.parquet").score(Loaded(build("gpt2"), tokenizer))) == 2
+    pq.write_table(pa.table({"image": rows, "label": [0, 1, 2, 0, 1, 7]}), tmp_path / "l.parquet")
+    with pytest.raises(DataError, match="label 7"):
+        Evaluation(tmp_path / "l.parquet").score(Loaded(build("plain"), None))
+    pq.write_table(pa.table({"image": rows}), tmp_path / "n.parquet")
+    with pytest.raises(DataError, match="no labels"):
+        Evaluation(tmp_path / "n.parquet").score(Loaded(build("plain"), None))
