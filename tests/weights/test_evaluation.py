@@ -236,3 +236,13 @@ def test_images_in_parquet_are_told_from_text(tmp_path, tokenizer):
     pq.write_table(pa.table({"image": rows}), tmp_path / "n.parquet")
     with pytest.raises(DataError, match="no labels"):
         Evaluation(tmp_path / "n.parquet").score(Loaded(build("plain"), None))
+
+
+def test_halves_share_no_example_and_make_the_whole(tokenizer, documents, pictures):
+    for data, model in ((documents, build("gpt2")), (pictures, build("plain"))):
+        loaded = Loaded(model, tokenizer)
+        if data is pictures:
+            loaded = Loaded(model, None)
+        whole, first, second = (Evaluation(data, half=half).score(loaded) for half in (None, 0, 1))
+        assert len(first) + len(second) == len(whole) and len(second) > 0
+        assert sorted([*first.round(5), *second.round(5)]) == sorted(whole.round(5))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from salience.model.images import ImageSet, read_images
     from salience.model.loading import Loaded, load
     from salience.model.safe import check_directory
-    from salience.model.shards import rewrite
+    from salience.model.shards import TensorStore, rewrite
     from salience.model.split import Split
     from salience.model.text import embed, span_log_probs
 
@@ -34,6 +34,7 @@ _WHERE: dict[str, str] = {
     "fit": "fitting",
     "History": "fitting",
     "rewrite": "shards",
+    "TensorStore": "shards",
     "span_log_probs": "text",
     "embed": "text",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "ImageSet",
     "Loaded",
     "Split",
+    "TensorStore",
     "capture",
     "check_directory",
     "eager_attention",

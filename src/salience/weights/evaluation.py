@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Subset
 
 from salience.errors import DataError, InputError, NothingToDo
 from salience.measure.paired import Interval, PairedDifference, bootstrap_interval, paired_difference
@@ -58,6 +59,8 @@ class Evaluation:
     batch_size : int
     seed : int
         Of the sample and of the intervals.
+    half : {0, 1}, optional
+        Only every other example: choose something on one half and measure it on the other.
 
     Raises
     ------
@@ -77,6 +80,7 @@ class Evaluation:
     std: Sequence[float] | None = None
     batch_size: int = 32
     seed: int = 0
+    half: Literal[0, 1] | None = None
     kind: Literal["images", "text", "command"] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -135,15 +139,16 @@ class Evaluation:
         from salience.model import read_images
 
         images = read_images(
-            self.data, loaded.processor, size=self.size, mean=self.mean, std=self.std, limit=self.limit
+            os.fspath(self.data or ""), loaded.processor, size=self.size, mean=self.mean, std=self.std, limit=self.limit
         )
         if images.labels is None:
             raise DataError(f"{self.data}: has no labels, so that accuracy cannot be measured")
         model, device = loaded.model, next(loaded.model.parameters()).device
+        chosen = Subset(images, range(len(images))[self._part])
         logits = map_batches(
-            lambda batch: logits_of(model(batch[0].to(device))).float(), images, batch_size=self.batch_size
+            lambda batch: logits_of(model(batch[0].to(device))).float(), chosen, batch_size=self.batch_size
         )
-        labels = _matched(torch.as_tensor(images.labels), images.class_names, model)
+        labels = _matched(torch.as_tensor(images.labels), images.class_names, model)[self._part]
         if logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
             raise DataError(
                 f"{self.data}: label {int(labels.max())} is there, but {type(model).__name__} gives "
@@ -153,8 +158,13 @@ class Evaluation:
             raise DataError(f"{type(model).__name__}: logits are not finite")
         return (logits.argmax(1) == labels).float()
 
+    @property
+    def _part(self) -> slice:
+        return slice(None) if self.half is None else slice(self.half, None, 2)
+
     def _text(self, loaded: Loaded) -> Tensor:
-        model, tokenizer = loaded
+        model: Any = loaded.model
+        tokenizer = loaded.processor
         if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
             raise DataError(f"{self.data} is text, and {type(model).__name__} comes without a tokenizer")
         if getattr(model.config, "is_encoder_decoder", False) or not model.can_generate():
@@ -187,7 +197,7 @@ class Evaluation:
             texts = [texts[i] for i in sorted(chosen)]
         if not texts:
             raise NothingToDo(f"{self.data}: holds no text")
-        return texts
+        return texts[self._part]
 
 
 @dataclass(frozen=True)
