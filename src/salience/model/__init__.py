@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from salience.model.channels import ChannelGroup, ChannelMap, channel_groups
     from salience.model.fitting import History, fit
     from salience.model.flops import layer_flops
+    from salience.model.images import ImageSet, read_images
     from salience.model.loading import Loaded, load
     from salience.model.safe import check_directory
     from salience.model.saving import save_narrowed
-    from salience.model.shards import rewrite
+    from salience.model.shards import TensorStore, rewrite
     from salience.model.split import Split
     from salience.model.text import embed, span_log_probs
 
@@ -31,6 +32,8 @@ _WHERE: dict[str, str] = {
     "eager_attention": "at",
     "Split": "split",
     "map_batches": "batches",
+    "read_images": "images",
+    "ImageSet": "images",
     "fit": "fitting",
     "History": "fitting",
     "ChannelGroup": "channels",
@@ -39,6 +42,7 @@ _WHERE: dict[str, str] = {
     "layer_flops": "flops",
     "save_narrowed": "saving",
     "rewrite": "shards",
+    "TensorStore": "shards",
     "span_log_probs": "text",
     "embed": "text",
 }
@@ -46,8 +50,10 @@ __all__ = [
     "ChannelGroup",
     "ChannelMap",
     "History",
+    "ImageSet",
     "Loaded",
     "Split",
+    "TensorStore",
     "capture",
     "channel_groups",
     "check_directory",
@@ -59,6 +65,7 @@ __all__ = [
     "load",
     "logits_of",
     "map_batches",
+    "read_images",
     "replace",
     "rewrite",
     "run",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_model
@@ -13,7 +15,7 @@ from torch import nn
 
 from salience.errors import InputError
 from salience.model.narrowing import differences, shapes_file, write_shapes
-from salience.model.shards import WEIGHTS, copy_rest
+from salience.model.shards import INDEX, WEIGHTS, copy_rest
 
 # Configuration fields that hold the width between the two layers of a transformer's feed-forward part.
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "encoder_ffn_dim", "d_ff")
@@ -66,7 +68,7 @@ def save_narrowed(
         raise InputError(f"path: {path} is not a model directory, so it is not overwritten")
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
-        listed = _write_file(wide, narrow, folder, out) if config is None else _write(wide, narrow, folder, out, source)
+        listed = _write_file(wide, narrow, folder, out) if config is None else _write(narrow, folder, out, source)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return listed
@@ -84,60 +86,51 @@ def _write_file(wide: nn.Module, narrow: nn.Module, folder: Path, out: Path) -> 
     return listed
 
 
-def _write(wide: nn.Module, narrow: nn.Module, folder: Path, out: Path, source: str | os.PathLike | None) -> bool:
-    model: object = narrow
+def _write(narrow: Any, folder: Path, out: Path, source: str | os.PathLike | None) -> bool:
     target = folder / out.name
     target.mkdir()
     if source is not None:
         copy_rest(Path(source).resolve(), target)
         shapes_file(target).unlink(missing_ok=True)
-    fitting = _fitting_config(narrow)
-    listed = fitting is None
+        (target / INDEX).unlink(missing_ok=True)
+    before, fitting = narrow.config, _fitting_config(narrow)
     if fitting is not None:
-        before, narrow.config = narrow.config, fitting  # type: ignore[assignment]
+        narrow.config = fitting
         try:
-            narrow.save_pretrained(target, max_shard_size="1000GB")  # type: ignore[operator]
+            narrow.save_pretrained(target, max_shard_size="1000GB")
         finally:
             narrow.config = before
     else:
-        narrow.config.save_pretrained(target)  # type: ignore[operator, union-attr]
-        if getattr(model, "can_generate", bool)() and source is None:
-            narrow.generation_config.save_pretrained(target)  # type: ignore[operator, union-attr]
+        # Under the network's own names: what `transformers` renames when it saves, it would not find again.
+        before.save_pretrained(target)
         save_model(narrow, str(target / WEIGHTS), {"format": "pt"})
-        write_shapes(shapes_file(target), differences(_announced(narrow), narrow))
+        write_shapes(shapes_file(target), differences(_announced(narrow, before), narrow))
     if out.exists():
-        old = folder / "old"
-        os.replace(out, old)
+        os.replace(out, folder / "old")
     os.replace(target, out)
-    return listed
+    return fitting is None
 
 
-def _announced(model: nn.Module, config: object = None) -> nn.Module:
-    """The network that the configuration announces, without weights."""
+def _announced(model: Any, config: Any) -> nn.Module:
+    """The network that a configuration announces, without weights."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return type(model)._from_config(config or model.config)  # type: ignore[attr-defined]
+        return type(model)._from_config(config)
 
 
-def _fitting_config(model: nn.Module) -> object | None:
+def _fitting_config(model: Any) -> Any:
     """The model's configuration, with a narrower feed-forward part if need be, or None if none fits."""
-    import copy
-
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
-    def fits(config: object) -> bool:
+    def fits(config: Any) -> bool:
         return {name: tuple(v.shape) for name, v in _announced(model, config).state_dict().items()} == shapes
 
-    config = model.config
-    if fits(config):
-        return config
-    wanted = differences(_announced(model), model)
-    widths = {min(shape) if len(shape) > 1 else shape[0] for shape in wanted.shapes.values()}
-    widths |= {size for shape in wanted.shapes.values() for size in shape}
-    for field in _WIDTHS:
-        if hasattr(config, field):
-            for width in sorted(widths):
-                changed = copy.deepcopy(config)
-                setattr(changed, field, width)
-                if fits(changed):
-                    return changed
+    if fits(model.config):
+        return model.config
+    changed = differences(_announced(model, model.config), model).shapes
+    for field in (field for field in _WIDTHS if hasattr(model.config, field)):
+        for width in sorted({size for shape in changed.values() for size in shape}):
+            config = copy.deepcopy(model.config)
+            setattr(config, field, width)
+            if fits(config):
+                return config
     return None
