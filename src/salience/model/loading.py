@@ -155,10 +155,15 @@ def _attention(cls: Any) -> str:
     return "sdpa" if getattr(cls, "_supports_sdpa", False) else "eager"
 
 
+def _builder(cls: Any) -> Any:
+    """What builds the network from its configuration; of `AutoModel` it is public."""
+    return getattr(cls, "_from_config", None) or cls.from_config
+
+
 def _empty(root: Path, config: Any, cls: Any) -> nn.Module:
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            return cls._from_config(config, attn_implementation=_attention(cls))
+            return _builder(cls)(config, attn_implementation=_attention(cls))
     except Exception as error:
         raise DataError(f"{root}: cannot be built as {cls.__name__}: {error}") from error
 
@@ -180,7 +185,7 @@ def _load_narrowed(root: Path, dtype: torch.dtype | None) -> nn.Module:
     reshape(plan, shapes, str(listed))  # what is wrong with the list is found before anything is allocated
     with torch.random.fork_rng(devices=[]):
         # Built for real and not on the meta device: buffers that are not stored are computed by its constructor.
-        model = cls._from_config(config, attn_implementation=_attention(cls), dtype=dtype or config.dtype)
+        model = _builder(cls)(config, attn_implementation=_attention(cls), dtype=dtype or config.dtype)
     reshape(model, shapes, str(listed))
     _fill(model, file, cls.__name__)
     return model

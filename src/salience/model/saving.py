@@ -102,7 +102,10 @@ def _write(narrow: Any, folder: Path, out: Path, source: str | os.PathLike | Non
             narrow.config = before
     else:
         # Under the network's own names: what `transformers` renames when it saves, it would not find again.
-        before.save_pretrained(target)
+        named = copy.deepcopy(before)
+        named.architectures = [type(narrow).__name__]
+        named.dtype = next(narrow.parameters()).dtype
+        named.save_pretrained(target)
         save_model(narrow, str(target / WEIGHTS), {"format": "pt"})
         write_shapes(shapes_file(target), differences(_announced(narrow, before), narrow))
     if out.exists():
