@@ -131,18 +131,29 @@ class _At(NamedTuple):
 
 
 # Functions that treat each channel by itself and keep all dimensions where they are.
-_ELEMENTWISE = frozenset(
-    "relu relu_ relu6 leaky_relu leaky_relu_ elu elu_ selu celu gelu silu mish softplus softsign tanh sigmoid hardtanh "
-    "hardtanh_ hardswish hardsigmoid logsigmoid clamp clamp_ clip abs neg exp pow square sqrt rsqrt dropout dropout1d "
-    "dropout2d dropout3d alpha_dropout feature_alpha_dropout clone contiguous to float half double bfloat16 detach "
-    "type type_as cpu cuda identity max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate "
-    "upsample hardshrink softshrink tanhshrink".split()
-)  # fmt: skip
-_SUMS = frozenset("add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ mul mul_ __mul__ __rmul__ __imul__ div div_".split())
-_VIEWS = frozenset("view reshape flatten".split())
-_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
-_LOOKS = frozenset("dim size numel __get__ is_floating_point is_complex __len__ ndimension stride data_ptr element_size".split())
+_ELEMENTWISE = frozenset({
+    "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "elu_", "selu", "celu", "gelu", "silu",
+    "mish", "softplus", "softsign", "tanh", "sigmoid", "hardtanh", "hardtanh_", "hardswish", "hardsigmoid",
+    "logsigmoid", "clamp", "clamp_", "clip", "abs", "neg", "exp", "pow", "square", "sqrt", "rsqrt",
+    "hardshrink", "softshrink", "tanhshrink", "dropout", "dropout1d", "dropout2d", "dropout3d",
+    "alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "to", "float", "half", "double",
+    "bfloat16", "detach", "type", "type_as", "cpu", "cuda", "max_pool1d", "max_pool2d", "max_pool3d",
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "interpolate",
+    "upsample",
+})  # fmt: skip
+_SUMS = frozenset({
+    "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "mul", "mul_", "__mul__",
+    "__rmul__", "__imul__", "div", "div_",
+})  # fmt: skip
+_VIEWS = frozenset({
+    "view", "reshape", "flatten",
+})  # fmt: skip
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_LOOKS = frozenset({
+    "dim", "size", "numel", "__get__", "is_floating_point", "is_complex", "__len__", "ndimension", "stride",
+    "data_ptr", "element_size",
+})  # fmt: skip
 
 
 class _Watch(TorchFunctionMode):
@@ -182,7 +193,8 @@ class _Watch(TorchFunctionMode):
         if name in _LOOKS and not isinstance(output, Tensor):
             return
         if name == "linear":
-            self._layer(name, *_arguments(args, kwargs, "input", "weight", "bias"), output, groups=1)
+            inputs, weight, bias = _arguments(args, kwargs, "input", "weight", "bias")
+            self._layer(name, inputs, weight, bias, output, groups=1)
         elif name == "addmm" and self._named(_arguments(args, kwargs, "input", "mat1", "mat2")[2]):
             bias, inputs, weight = _arguments(args, kwargs, "input", "mat1", "mat2")
             self._layer(name, inputs, weight, bias, output, groups=1, transposed=True)

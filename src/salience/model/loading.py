@@ -178,7 +178,7 @@ def _load_narrowed(root: Path, dtype: torch.dtype | None) -> nn.Module:
     plan = _empty(root, config, cls)
     try:
         with safe_open(file, framework="pt") as stored:
-            count = sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())
+            count = sum(math.prod(stored.get_slice(key).get_shape()) for key in stored.keys())  # noqa: SIM118
     except SafetensorError as error:
         raise DataError(f"{file}: not readable as safetensors: {error}") from error
     check_size(plan, count, str(listed))

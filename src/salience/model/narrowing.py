@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -150,7 +151,7 @@ def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     InputError
         The sizes within a layer do not fit together.
     """
-    touched: dict[str, nn.Module] = {}
+    touched: dict[str, Any] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         layer = touched[owner] = model.get_submodule(owner)
@@ -182,12 +183,14 @@ def fold_norms(model: nn.Module, norms: Mapping[str, str]) -> None:
     for norm_name, layer_name in norms.items():
         norm: Any = model.get_submodule(norm_name)
         layer: Any = model.get_submodule(layer_name)
-        fuse = fuse_linear_bn_weights if _kind(layer) == "linear" else fuse_conv_bn_weights
+        fuse: Any = fuse_linear_bn_weights if _kind(layer) == "linear" else fuse_conv_bn_weights
         # In float64, since a running variance near zero makes large factors.
-        wide = [None if t is None else t.detach().double() for t in (
-            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias,
-        )]  # fmt: skip
-        weight, bias = fuse(*wide[:4], norm.eps, *wide[4:])
+        mean, variance, scale, shift = (
+            None if value is None else value.detach().double()
+            for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        )
+        own = None if layer.bias is None else layer.bias.detach().double()
+        weight, bias = fuse(layer.weight.detach().double(), own, mean, variance, norm.eps, scale, shift)
         flag = layer.weight.requires_grad
         layer.weight = nn.Parameter(weight.to(layer.weight.dtype), flag)
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), flag)
@@ -217,6 +220,13 @@ def _kind(layer: nn.Module) -> str | None:
 def is_conv1d(layer: nn.Module) -> bool:
     """Whether it is the `Conv1D` of `transformers`: a linear layer with its weight stored (in, out)."""
     return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and hasattr(layer, "weight")
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Float[Tensor, "rows channel"]:
+    """What a linear or convolution layer reads, with one column per input channel."""
+    if isinstance(layer, nn.Linear) or is_conv1d(layer):
+        return inputs.flatten(0, -2)
+    return inputs.transpose(0, 1).flatten(1).T
 
 
 def _resize(layer: Any, kind: str | None) -> None:
