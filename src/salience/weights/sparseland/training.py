@@ -118,6 +118,8 @@ class SparseTrainer:
         self.model, self.method, self.density, self.alpha = model, method, density, alpha
         self.start_density, self.update_every, self.scope, self.regrow = first, update_every, scope, regrow
         self.end = int(stop * total_steps)
+        if method in _SHRINKING and not self.end:
+            raise InputError(f"stop: {stop} of {total_steps} steps leaves none in which {method} could prune")
         self.generator, self.steps = generator, 0
         weights = prunable(model, exclude)
         if masks is None:
@@ -193,6 +195,8 @@ class SparseTrainer:
     def _due(self) -> bool:
         """Whether the masks change at the end of the current step."""
         at = self.steps + 1
+        if self.method in _SHRINKING and at == self.end:
+            return True  # whatever update_every is, the density asked for is reached
         return self.method != "static" and at % self.update_every == 0 and at <= self.end
 
     def _before(self, *_: Any) -> None:
