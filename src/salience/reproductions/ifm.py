@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,7 @@ def build_256(seed: int) -> nn.Module:
 
 def learn(model: nn.Module, seed: int) -> None:
     """Adam for 40 epochs, or as many as is worth it for the smallest network."""
-    world = digits.split(seed)
+    world = digits.ink(seed)
     fit(
         model, torch.from_numpy(world.train_x).flatten(1), torch.from_numpy(world.train_y), loss=cross_entropy,
         optimizer=torch.optim.Adam(model.parameters(), 1e-3), epochs=EPOCHS,
@@ -71,7 +72,7 @@ WIDTHS = {"smoke": {8: build_8}, "desk": {64: build_64, 128: build_128, 256: bui
 
 def reproduce(run: Run) -> Outcome:
     """Merge the channels of trained networks of three widths, and of an untrained one."""
-    world = digits.split(run.seed)
+    world = digits.ink(run.seed)
     inputs, labels = torch.from_numpy(world.test_x).flatten(1), world.test_y
     builders = WIDTHS["smoke" if run.smoke else "desk"]
     models = {}
@@ -152,7 +153,7 @@ def narrowings(run: Run, model: nn.Module, inputs: Tensor) -> dict[str, list[nn.
     ways: dict[str, list[nn.Module]] = {
         name: [] for name in ("merged", "reference rule", "L1 norm", "L2 norm", "random", "dropped", "activations")
     }
-    train_x = torch.from_numpy(digits.split(run.seed).train_x).flatten(1)
+    train_x = torch.from_numpy(digits.ink(run.seed).train_x).flatten(1)
     for share in SHARES:
         merged = iterative_feature_merging(model, example=inputs[:1], beta=math.inf, max_ratio=share)
         other = iterative_feature_merging(model, example=inputs[:1], beta=math.inf, max_ratio=share, rule="sum_in")
@@ -203,7 +204,7 @@ def _dropped(model: nn.Module, merged: IFMResult) -> nn.Module:
     narrow = copy.deepcopy(model)
     names = [name for name, layer in narrow.named_modules() if isinstance(layer, nn.Linear)]
     tensors = {key: value.clone() for key, value in narrow.state_dict().items()}
-    for name, following in zip(names, names[1:]):
+    for name, following in pairwise(names):
         kept = torch.tensor([cell[0] for cell in merged.grouping[name]])
         for key in (f"{name}.weight", f"{name}.bias"):
             tensors[key] = tensors[key][kept]

@@ -56,7 +56,7 @@ class Bench:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        world = digits.split(run.seed)
+        world = digits.ink(run.seed)
         self.x, self.y = torch.from_numpy(world.train_x).flatten(1), torch.from_numpy(world.train_y)
         self.test_x, self.test_y = torch.from_numpy(world.test_x).flatten(1), torch.from_numpy(world.test_y)
         self.epochs = 1 if run.smoke else EPOCHS

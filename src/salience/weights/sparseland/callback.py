@@ -47,13 +47,15 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the hooks on, and take up a checkpoint's masks if the run goes on from one."""
         optimizer = kwargs["optimizer"]
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        saved = read_state(folder) if state.global_step and (folder / f"{_NAME}.json").is_file() else None
+        options = self.options if saved is None else {**self.options, "masks": saved["masks"]}
         self.sparse = SparseTrainer(
             kwargs["model"], getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps,
-            generator=torch.Generator().manual_seed(self.seed), **self.options,
+            generator=torch.Generator().manual_seed(self.seed), **options,
         )  # fmt: skip
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.global_step and (folder / f"{_NAME}.json").is_file():
-            self.sparse.load_state_dict(read_state(folder))
+        if saved is not None:
+            self.sparse.load_state_dict(saved)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Add masks and accounts to the checkpoint."""

@@ -174,6 +174,9 @@ class SparseTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`; the weights are masked anew.
 
+        Make the trainer before the model's weights are loaded, or with ``masks=state["masks"]``: new random masks
+        would zero weights that the old ones keep.
+
         Raises
         ------
         InputError
