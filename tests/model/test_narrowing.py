@@ -35,7 +35,9 @@ def test_it_comes_back_to_the_bit(family: str, tmp_path, tokenizer) -> None:
     assert type(back.model) is type(model) and back.processor is not None
     with torch.no_grad():
         assert torch.equal(logits_of(run(back.model, inputs)), logits_of(run(narrow, inputs)))
-    assert {n: v.shape for n, v in back.model.state_dict().items()} == {n: v.shape for n, v in narrow.state_dict().items()}
+    assert {n: v.shape for n, v in back.model.state_dict().items()} == {
+        n: v.shape for n, v in narrow.state_dict().items()
+    }
     if family == "qwen2":
         assert back.model.lm_head.weight is back.model.model.embed_tokens.weight
     if not listed:
@@ -48,7 +50,9 @@ def test_it_comes_back_to_the_bit(family: str, tmp_path, tokenizer) -> None:
 
 def test_widths_that_differ_need_the_list_and_plain_loading_fails_loudly(tmp_path) -> None:
     model, inputs = build("llama"), example("llama")
-    narrow = iterative_feature_merging(model, example=inputs, beta=2.0, max_ratio=0.25, groups=["model.layers.0.*"]).model
+    narrow = iterative_feature_merging(
+        model, example=inputs, beta=2.0, max_ratio=0.25, groups=["model.layers.0.*"]
+    ).model
     assert save_narrowed(model, narrow, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(logits_of(run(load(tmp_path / "out").model, inputs)), logits_of(run(narrow, inputs)))

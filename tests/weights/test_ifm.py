@@ -91,7 +91,9 @@ def test_planted_duplicates_come_back_to_their_widths(family: str) -> None:
     assert torch.allclose(logits_of(run(twice, inputs)), before, rtol=1e-4, atol=1e-5 * scale)
     result = iterative_feature_merging(twice, example=inputs, beta=1e-7)
     assert result.widths == {name: (2 * width, width) for name, width in free.items()}
-    assert all(cells == tuple((i, i + free[name]) for i in range(free[name])) for name, cells in result.grouping.items())
+    assert all(
+        cells == tuple((i, i + free[name]) for i in range(free[name])) for name, cells in result.grouping.items()
+    )
     after = logits_of(run(result.model, inputs))
     assert torch.allclose(after, before, rtol=1e-4, atol=1e-5 * scale)
     assert result.params[1] < result.params[0] and result.flops[1] < result.flops[0]

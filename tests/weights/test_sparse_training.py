@@ -11,7 +11,14 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from salience.errors import DataError, InputError
-from salience.weights import SparseTrainer, SparsityCallback, allocate, lottery_ticket, mask_from_scores, score_magnitude
+from salience.weights import (
+    SparseTrainer,
+    SparsityCallback,
+    allocate,
+    lottery_ticket,
+    mask_from_scores,
+    score_magnitude,
+)
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(60) % 3
@@ -222,7 +229,9 @@ def test_operations_of_training_are_counted() -> None:
     steps(net, opt, 40)
     report = sparse.report(example)
     updates = 6  # at 5, 10, ..., 30
-    assert report.training_flops == pytest.approx((40 - updates) * 3 * report.flops + updates * (2 * report.flops + report.dense_flops))
+    assert report.training_flops == pytest.approx(
+        (40 - updates) * 3 * report.flops + updates * (2 * report.flops + report.dense_flops)
+    )
     assert report.dense_training_flops == 40 * 3 * report.dense_flops and report.explored > report.density
     net, opt, sparse = start("gmp", density=0.1)
     steps(net, opt, 40)

@@ -49,7 +49,9 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def mlp(*sizes: int, bias: bool = True) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [layer for i in range(len(sizes) - 1) for layer in (nn.Linear(sizes[i], sizes[i + 1], bias=bias), nn.ReLU())]
+    layers = [
+        layer for i in range(len(sizes) - 1) for layer in (nn.Linear(sizes[i], sizes[i + 1], bias=bias), nn.ReLU())
+    ]
     return nn.Sequential(*layers[:-1])
 
 
@@ -92,7 +94,9 @@ def erk(shapes, density: float) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.3, 0.6, 0.9, 1.0])
-@pytest.mark.parametrize("shapes", [SHAPES, {"s": (16, 3, 3, 3), "m": (32, 16, 3, 3), "l": (64, 32, 1, 1), "h": (10, 64)}])
+@pytest.mark.parametrize(
+    "shapes", [SHAPES, {"s": (16, 3, 3, 3), "m": (32, 16, 3, 3), "l": (64, 32, 1, 1), "h": (10, 64)}]
+)
 def test_erk_against_bisection_and_its_total(shapes, density: float) -> None:
     shares = allocate(shapes, density)
     assert shares == pytest.approx(erk(shapes, density), abs=1e-9)
@@ -105,7 +109,9 @@ def test_allocations_by_hand() -> None:
     assert allocate(SHAPES, 0.1, "uniform") == pytest.approx(dict.fromkeys(SHAPES, 0.1))
     # er: raw 364/19200, 400/30000, 110/1000; eps (364 + 400 + 110) = 0.05 * 50200 -> eps = 2.8719
     eps = 0.05 * 50200 / 874
-    assert allocate(SHAPES, 0.05, "er") == pytest.approx({"a": eps * 364 / 19200, "b": eps * 400 / 30000, "c": eps * 0.11})
+    assert allocate(SHAPES, 0.05, "er") == pytest.approx(
+        {"a": eps * 364 / 19200, "b": eps * 400 / 30000, "c": eps * 0.11}
+    )
     plus = allocate(SHAPES, 0.5, "uniform+")
     assert plus["a"] == 1 and plus["b"] == plus["c"] == pytest.approx((25100 - 19200) / 31000)
     small = allocate({"s": (4, 4), "b": (100, 300), "c": (10, 100)}, 0.05, "uniform+")
@@ -145,8 +151,13 @@ def test_counts_are_exact_and_ties_go_by_position() -> None:
         assert kept(mask_from_scores(drawn, density)) == round(density * 50200)
         shares = allocate(SHAPES, density)
         by_layer = random_masks(shares, SHAPES, generator())
-        assert {n: int(m.sum()) for n, m in by_layer.items()} == {n: round(shares[n] * math.prod(s)) for n, s in SHAPES.items()}
-    assert all(torch.equal(random_masks(shares, SHAPES, generator(1))[n], random_masks(shares, SHAPES, generator(1))[n]) for n in SHAPES)
+        assert {n: int(m.sum()) for n, m in by_layer.items()} == {
+            n: round(shares[n] * math.prod(s)) for n, s in SHAPES.items()
+        }
+    assert all(
+        torch.equal(random_masks(shares, SHAPES, generator(1))[n], random_masks(shares, SHAPES, generator(1))[n])
+        for n in SHAPES
+    )
 
 
 def test_masks_are_those_of_torch_prune() -> None:
@@ -155,7 +166,9 @@ def test_masks_are_those_of_torch_prune() -> None:
     theirs = copy.deepcopy(net)
     parts = [(theirs[0], "weight"), (theirs[2], "weight")]
     prune.global_unstructured(parts, pruning_method=prune.L1Unstructured, amount=192 - round(0.3 * 192))
-    assert torch.equal(ours["0.weight"], theirs[0].weight_mask.bool()) and torch.equal(ours["2.weight"], theirs[2].weight_mask.bool())
+    assert torch.equal(ours["0.weight"], theirs[0].weight_mask.bool()) and torch.equal(
+        ours["2.weight"], theirs[2].weight_mask.bool()
+    )
     layer = mask_from_scores(score_magnitude(net), 0.25, scope="layer")
     structured = mask_from_scores({"0.weight": net[0].weight.detach().abs()}, 0.5, scope="layer", grain="channel")
     theirs = copy.deepcopy(net)
@@ -178,7 +191,9 @@ def test_rows_kernels_and_n_of_m() -> None:
     conv = torch.rand(3, 8, 3, 3, generator=generator())
     masks = mask_from_scores({"w": conv}, n_m=(1, 4))["w"]  # along input channels at each place
     assert (masks.view(3, 2, 4, 3, 3).sum(2) == 1).all()
-    assert torch.equal(masks, conv == conv.view(3, 2, 4, 3, 3).amax(2, keepdim=True).expand(3, 2, 4, 3, 3).reshape(3, 8, 3, 3))
+    assert torch.equal(
+        masks, conv == conv.view(3, 2, 4, 3, 3).amax(2, keepdim=True).expand(3, 2, 4, 3, 3).reshape(3, 8, 3, 3)
+    )
     kernels = mask_from_scores({"w": conv}, 0.25, grain="kernel")["w"].flatten(2)
     assert ((kernels.sum(2) == 0) | (kernels.sum(2) == 9)).all() and kernels.all(2).sum() == 6
 

@@ -81,7 +81,7 @@ def _load_file(file: Path, arch: str | None, dtype: torch.dtype | None) -> nn.Mo
     if arch is None:
         raise InputError(f"arch: {file} holds weights only; name what builds the network, package.module:factory")
     check_header(file)
-    model = _factory(arch)()
+    model = factory(arch)()
     if not isinstance(model, nn.Module):
         raise InputError(f"arch: {arch} returned a {type(model).__name__}; it must return a torch.nn.Module")
     if (listed := shapes_file(file)).is_file():
@@ -102,7 +102,14 @@ def _fill(model: nn.Module, file: Path, arch: str) -> None:
         raise DataError(f"{file}: {arch} has no place for {_some(unexpected)}")
 
 
-def _factory(arch: str) -> Callable[[], Any]:
+def factory(arch: str) -> Callable[[], Any]:
+    """The function that ``package.module:factory`` names.
+
+    Raises
+    ------
+    InputError
+        It cannot be imported.
+    """
     module_name, _, name = arch.partition(":")
     if not (module_name and name):
         raise InputError(f"arch: got {arch!r}; it must read package.module:factory")

@@ -178,7 +178,7 @@ def planted_duplicates(model: nn.Module, inputs: Tensor) -> tuple[int, float]:
     """Double every hidden unit and halve what reads it; merge at a tiny threshold: channels too many, output gap."""
     doubled = copy.deepcopy(model)
     layers = [layer for layer in doubled if isinstance(layer, nn.Linear)]  # type: ignore[attr-defined]
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for number, (name, layer) in enumerate((n, m) for n, m in doubled.named_modules() if isinstance(m, nn.Linear)):
         weight, bias = layer.weight.detach(), layer.bias.detach()
         if number:

@@ -125,8 +125,8 @@ def iterative_feature_merging(
     model : torch.nn.Module
         Unchanged; taken as in evaluation mode.
     example : tensor, tuple or mapping, optional
-        Inputs of one pass, to see which tensors carry the same channels. By default `model.dummy_inputs`, which
-        models of `transformers` have.
+        Inputs of one pass, to see which tensors carry the same channels. By default a blank image or the
+        `dummy_inputs` that models of `transformers` have.
     beta : float
         Threshold in [0, 1]. At 1 or above (`math.inf`) everything would merge, so `max_ratio` must be below 1.
     max_ratio : float
@@ -190,9 +190,14 @@ def iterative_feature_merging(
 
 
 def example_of(model: nn.Module, example: Any) -> Any:
-    """The example, or what `transformers` models offer as one."""
+    """The example, or a made-up one for models of `transformers`."""
     if example is not None:
         return example
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", None) == "pixel_values":
+        size = getattr(config, "image_size", None) or 64
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        return {"pixel_values": torch.zeros(1, config.num_channels, *sides)}
     own = getattr(model, "dummy_inputs", None)
     if own is None:
         raise InputError(f"example: {type(model).__name__} has no dummy_inputs; give inputs for one pass")
