@@ -85,7 +85,9 @@ def test_channels_are_merged_and_measured_first(run, folder: Path, resnet) -> No
     assert out.startswith("After is") and "L1 norm here: accuracy" in out.splitlines()[0]
     assert "before" in out and "random" in out and "channels   48 -> 36 in 4 hidden widths (1 left" in out
     assert "load it with salience.model.load" in out
-    assert names(folder) == ["net", "out", "out.report.html", "test.parquet"] and directory_hash(folder / "net") == before
+    assert (
+        names(folder) == ["net", "out", "out.report.html", "test.parquet"] and directory_hash(folder / "net") == before
+    )
     narrow = load(folder / "out").model
     assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in resnet.parameters())
     page = (folder / "out.report.html").read_text()
@@ -96,7 +98,11 @@ def test_channels_in_json_with_every_method(run, folder: Path, resnet) -> None:
     for method, others in (("ifm", {"L1 norm", "random"}), ("l1", {"ifm", "random"}), ("random", {"ifm", "L1 norm"})):
         code, out, _ = run("channels", "net", "--keep", "0.5", "--method", method, *MEASURED, "-o", method, "--json")
         result = json.loads(out)
-        assert code == 0 and result["method"] == method and set(result["evaluation"]["means"]) == {"before", "after", *others}
+        assert (
+            code == 0
+            and result["method"] == method
+            and set(result["evaluation"]["means"]) == {"before", "after", *others}
+        )
         assert result["evaluation"]["means"]["before"] == 1.0 and result["params"][1] < result["params"][0]
         assert all(after == before // 2 for before, after in result["widths"].values())
 
@@ -138,7 +144,9 @@ def test_a_command_measures(run, folder: Path, resnet) -> None:
     script = "import os,sys; print(os.path.getsize(sys.argv[1] + '/model.safetensors'))"
     (folder / "size.py").write_text(script)
     command = f"{sys.executable} size.py {{model}}"
-    code, out, err = run("channels", "net", "--keep", "0.5", "--evaluate-command", command, "--lower-is-better", "-o", "out")
+    code, out, err = run(
+        "channels", "net", "--keep", "0.5", "--evaluate-command", command, "--lower-is-better", "-o", "out"
+    )
     assert code == 0, err
     assert out.startswith("After is") and "figure of the command" in out
     assert names(folder) == ["net", "out", "out.report.html", "size.py", "test.parquet"]
@@ -273,7 +281,9 @@ def test_scores_of_layers_share_out_the_density(run, folder: Path, resnet) -> No
     assert code == 0, err
     shares = list(json.loads(out)["layers"].values())
     assert shares == sorted(shares) and shares[-1] > 3 * shares[0]
-    code, out, _ = run("sparsify", "net", "-d", "0.5", "--allocation", "erk", "--grain", "kernel", "-o", "erk", "--json")
+    code, out, _ = run(
+        "sparsify", "net", "-d", "0.5", "--allocation", "erk", "--grain", "kernel", "-o", "erk", "--json"
+    )
     assert code == 0 and json.loads(out)["layers"]["classifier.1.weight"] == 1.0
 
 

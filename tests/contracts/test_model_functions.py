@@ -56,6 +56,10 @@ def lesson(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def lesson_batches(model: nn.Module) -> dict[str, Any]:
+    return {"batches": [(images(), torch.arange(8) % 3)]}
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
     "salience.weights:select_params": Example(lambda model: {"which": "bn"}, FLAGS, lambda: build("gpt2")),
@@ -64,6 +68,29 @@ EXAMPLES = {
     "salience.weights:gamma_report": Example(lambda model: {}, refused=lambda: build("llama")),
     "salience.weights:dead_channels": Example(
         lambda model: {"data": images()}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:iterative_feature_merging": Example(
+        lambda model: {"example": images(1), "beta": 0.9}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:feature_complexity": Example(
+        lambda model: {"example": images(1), "betas": (0.5,)}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:equivalence_report": Example(
+        lambda model: {"other": build("plain"), "data": images(), "layers": ["conv"]}
+    ),
+    "salience.weights:prune_channels": Example(
+        lambda model: {"example": images(1), "keep": 0.5}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:score_magnitude": Example(lambda model: {}, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_snip": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_grasp": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_wanda": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_synflow": Example(lambda model: {"example": images(1)}, refused=lambda: build("vit")),
+    "salience.weights:synflow_masks": Example(
+        lambda model: {"example": images(1), "density": 0.5, "rounds": 3}, refused=lambda: build("vit")
+    ),
+    "salience.weights:sparsity_report": Example(
+        lambda model: {"masks": None, "example": images(1)}, refused=lambda: nn.BatchNorm2d(3)
     ),
 }  # fmt: skip
 

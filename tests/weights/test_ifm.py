@@ -384,3 +384,16 @@ def test_channels_by_activation_and_by_scale() -> None:
 def test_bad_pruning(options: dict, text: str) -> None:
     with pytest.raises(InputError, match=text):
         prune_channels(build("plain"), options.pop("keep"), example=example("plain"), **options)
+
+
+def test_the_groups_are_those_of_torch_pruning() -> None:
+    """The peer's dependency graph narrows the same tensors of a residual network to the same shapes."""
+    peer = pytest.importorskip("torch_pruning")
+    from salience.weights import CifarResNet
+
+    model, x = CifarResNet(8, 8, generator=torch.Generator().manual_seed(0)).eval(), torch.randn(1, 3, 16, 16)
+    ours = prune_channels(model, 0.5, example=x).model
+    theirs = copy.deepcopy(model)
+    importance = peer.importance.MagnitudeImportance(p=1)
+    peer.pruner.MetaPruner(theirs, x, importance, pruning_ratio=0.5, ignored_layers=[theirs.fc]).step()
+    assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in theirs.state_dict().items()}

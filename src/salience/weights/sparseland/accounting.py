@@ -125,6 +125,11 @@ def sparsity_report(
     explored, passes, steps, dense_backwards
         Of training, from `SparseTrainer`: R_s, densities summed over the steps, steps, and those among them whose
         gradients were dense.
+
+    Raises
+    ------
+    NothingToDo
+        There is no weight to prune.
     """
     weights = prunable(model)
     kept = {name: int((e.weight != 0).sum()) for name, e in weights.items()} if masks is None else {

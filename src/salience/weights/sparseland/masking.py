@@ -122,7 +122,7 @@ def synflow_masks(
 ) -> Masks:
     """SynFlow pruning before training: after round k the density is ``d^(k / rounds)``, scored anew each time.
 
-    Supported, and errors: as of `score_synflow`.
+    Supported: as of `score_synflow`.
 
     Parameters
     ----------
@@ -136,6 +136,11 @@ def synflow_masks(
         One round collapses layers.
     exclude : sequence of str
         As of `prunable`.
+
+    Raises
+    ------
+    InputError
+        An option out of range, or as of `score_synflow`.
     """
     if rounds < 1 or not 0 < density <= 1:
         raise InputError(f"density and rounds: got {density!r} and {rounds!r}; density in (0, 1], rounds at least 1")

@@ -39,12 +39,20 @@ def score_random(model: nn.Module, generator: torch.Generator, exclude: Sequence
 
 
 def score_magnitude(model: nn.Module, exclude: Sequence[str] = ()) -> WeightScores:
-    """``|w|``. Supported, and `exclude`: as of `prunable`.
+    """Magnitude, ``|w|``.
+
+    Supported: as of `prunable`.
 
     Parameters
     ----------
     model : torch.nn.Module
     exclude : sequence of str
+        As of `prunable`.
+
+    Raises
+    ------
+    NothingToDo
+        There is no weight to prune.
     """
     return {name: entry.weight.detach().abs() for name, entry in prunable(model, exclude).items()}
 
