@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 
+from model.conftest import tokenizer as tokenizer
 from salience.cli import main
 from salience.model import load
 from salience.scores import Scores
 from salience.weights import prunable
-from model.conftest import tokenizer as tokenizer
 from tiny import directory_hash, plain, save
 
 

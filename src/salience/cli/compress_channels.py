@@ -97,7 +97,7 @@ def channels(
 
     with quiet_transformers():
         loaded = load(model, arch=arch)
-        example = _example(loaded, evaluation, input_shape)
+        example = example_input(loaded, evaluation, input_shape)
         result, others = _narrow(loaded.model, example, method, share, rule, groups, keep_norm, seed)
         comparison = _measure(evaluation, model, loaded, {"after": result["model"], **others}, out)
         listed = write_model(_widest(loaded, arch), result["model"], out, model, overwrite)
@@ -161,7 +161,7 @@ def _share(keep: float | None, beta: float | None, method: Method, rule: Rule | 
     return 0.1 if beta is None else beta, 1.0
 
 
-def _example(loaded: Loaded, evaluation: Evaluation | None, shape: str | None) -> Any:
+def example_input(loaded: Loaded, evaluation: Evaluation | None, shape: str | None) -> Any:
     import torch
 
     if shape is not None:

@@ -25,7 +25,7 @@ from salience.cli._measured import (
     print_comparison,
 )
 from salience.cli._say import say
-from salience.cli.compress_channels import _example, check_outputs, quiet_transformers, write_model
+from salience.cli.compress_channels import check_outputs, example_input, quiet_transformers, write_model
 from salience.cli.verbs import compress
 from salience.errors import InputError
 
@@ -174,7 +174,7 @@ def _check_usage(
 def _sample(loaded: Loaded, evaluation: Evaluation | None, shape: str | None) -> Any:
     from salience.weights.ifm.merging import example_of
 
-    return example_of(loaded.model, _example(loaded, evaluation, shape))
+    return example_of(loaded.model, example_input(loaded, evaluation, shape))
 
 
 def _scores(loaded: Loaded, method: Method, calibration: Evaluation | None, example: Any, exclude: Any, seed: int,

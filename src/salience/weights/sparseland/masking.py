@@ -69,7 +69,7 @@ def mask_from_scores(
     _check_shares(shares, scores, scope, isinstance(density, Mapping))
     units = {name: _units(score, grain, name in transposed) for name, score in scores.items()}
     if scope == "global":
-        flat = torch.cat([unit.flatten().double() for unit in units.values()])
+        flat = torch.cat([unit.flatten().to(torch.promote_types(unit.dtype, torch.float32)) for unit in units.values()])
         kept = _largest(flat, count_kept(next(iter(shares.values())), flat.numel()))
         parts = kept.split([unit.numel() for unit in units.values()])
         masks = {name: part.view(units[name].shape) for name, part in zip(units, parts)}
