@@ -217,6 +217,17 @@ def test_a_damaged_model_leaves_nothing(run, folder: Path, resnet) -> None:
     assert names(folder) == ["net", "test.parquet"]
 
 
+@pytest.mark.parametrize("what", [["channels", "--keep", "0.5"], ["sparsify", "-d", "0.5"]])
+def test_an_interrupted_run_leaves_nothing(what, run, folder: Path, resnet, monkeypatch) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for module in ("shards", "saving"):
+        monkeypatch.setattr(f"salience.model.{module}.copy_rest", interrupt)
+    code, _, err = run(what[0], "net", *what[1:], "-o", "out")
+    assert code == 130 and "interrupted" in err and names(folder) == ["net", "test.parquet"]
+
+
 # Sparsify
 
 

@@ -330,9 +330,12 @@ def _write(loaded: Loaded, masks: dict[str, Any], source: Path, out: Path, overw
         with TensorStore(source) as stored:
             streamed = set(masks) <= set(stored.entries)
         if streamed:
-            rewrite(
-                source, out, lambda name, t: t.masked_fill(~masks[name], 0) if name in masks else t, overwrite=overwrite
-            )
+            partial = out.absolute().with_name(f".{out.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+            try:
+                rewrite(source, out, lambda name, t: _masked(t, masks.get(name)), overwrite=overwrite)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
             return
     if masks:
         apply_masks(loaded.model, masks)
@@ -340,6 +343,10 @@ def _write(loaded: Loaded, masks: dict[str, Any], source: Path, out: Path, overw
     write_model(loaded.model, loaded.model, out, source, overwrite)
     if source.is_file() and listed.is_file():
         shutil.copyfile(listed, shapes_file(out))
+
+
+def _masked(tensor: Any, mask: Any) -> Any:
+    return tensor if mask is None else tensor.masked_fill(~mask, 0)
 
 
 def _print(
