@@ -16,28 +16,60 @@ if TYPE_CHECKING:
     )
     from salience.weights.bn_only.resnet import CifarResNet
     from salience.weights.bn_only.select import ParamSelection, hold_frozen, select_params, train_subset
+    from salience.weights.darex.adamr import AdamR
+    from salience.weights.darex.deltas import dare, importance_delta, lora_deltas
+    from salience.weights.darex.diagnosis import DeltaStats, delta_stats, recommend
+    from salience.weights.darex.pruner import DeltaPruner
+    from salience.weights.darex.rescaling import analytic_q, deviation_bound
+    from salience.weights.evaluation import Comparison, Evaluation, compare
 
 # A file never bears the name of something exported: importing the file would put the module in its place.
 _WHERE: dict[str, str] = {
+    "AdamR": "darex.adamr",
     "CifarResNet": "bn_only.resnet",
+    "Comparison": "evaluation",
+    "DeltaPruner": "darex.pruner",
+    "DeltaStats": "darex.diagnosis",
+    "Evaluation": "evaluation",
     "GammaReport": "bn_only.gammas",
     "ParamSelection": "bn_only.select",
+    "analytic_q": "darex.rescaling",
+    "compare": "evaluation",
+    "dare": "darex.deltas",
     "dead_channels": "bn_only.gammas",
+    "delta_stats": "darex.diagnosis",
+    "deviation_bound": "darex.rescaling",
     "gamma_report": "bn_only.gammas",
     "hold_frozen": "bn_only.select",
+    "importance_delta": "darex.deltas",
     "init_bn": "bn_only.gammas",
+    "lora_deltas": "darex.deltas",
+    "recommend": "darex.diagnosis",
     "select_params": "bn_only.select",
     "train_subset": "bn_only.select",
     "zero_small_gammas": "bn_only.gammas",
 }
 __all__ = [
+    "AdamR",
     "CifarResNet",
+    "Comparison",
+    "DeltaPruner",
+    "DeltaStats",
+    "Evaluation",
     "GammaReport",
     "ParamSelection",
+    "analytic_q",
+    "compare",
+    "dare",
     "dead_channels",
+    "delta_stats",
+    "deviation_bound",
     "gamma_report",
     "hold_frozen",
+    "importance_delta",
     "init_bn",
+    "lora_deltas",
+    "recommend",
     "select_params",
     "train_subset",
     "zero_small_gammas",
