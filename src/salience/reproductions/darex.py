@@ -9,7 +9,7 @@ validation split and judged on test images and other masks.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,11 +159,11 @@ class Pruned(NamedTuple):
     """Share of masks under which each test image is classified rightly, and the divisor."""
 
     correct: np.ndarray
-    q: float | dict[str, float]
+    q: Any  # a number, or one for each tensor
 
 
 def pruned(
-    run: Run, world: World, tuned: nn.Module, method: str, *, score: bool = False, rate: float = RATE, **options
+    run: Run, world: World, tuned: nn.Module, method: str, *, score: bool = False, rate: float = RATE, **options: Any
 ) -> Pruned:
     """Choose q once, then prune with several masks and classify the test images."""
     images, _ = world.validation
@@ -172,7 +172,7 @@ def pruned(
     for number, seed in enumerate(seeds):
         pruner = DeltaPruner(rate=rate, method=method, exclude=HEAD, random_state=seed, **options)
         if number == 0:
-            by = {"score": lambda model: accuracy(model, world.validation)} if score else {}
+            by: dict[str, Any] = {"score": lambda model: accuracy(model, world.validation)} if score else {}
             pruner.fit(world.base, tuned, batches=[images], **by)
             q = pruner.q_
             if method == "darex":  # the divisor is chosen once; the other masks are those that it is judged on
@@ -185,7 +185,7 @@ def pruned(
 
 def finetune(run: Run, world: World, how: str, epochs: int, strength: float = 0.0, lr: float = 1e-3) -> nn.Module:
     """The base with a new head, trained on the turned digits."""
-    model = copy.deepcopy(world.base)
+    model: Any = copy.deepcopy(world.base)
     model[6] = mlp([512, 10], int(run.generator("head").initial_seed()))[0]
     body = dict(_body(world.base))
     optimizer: torch.optim.Optimizer

@@ -213,12 +213,13 @@ def keep_block(seed: int, name: str, block: int, count: int, keep: float) -> Sha
     digest = xxhash.xxh3_64_intdigest(name.encode())
     stream = np.random.SFC64(np.random.SeedSequence([seed, digest, block]))
     draws = stream.random_raw(-(-count // 4)).view(np.uint16)[:count]
-    # 16 bits an entry are quick to draw; the few that fall on the threshold itself are decided by a second draw,
-    # so that the probability is `keep` to double precision.
+    # 16 bits an entry are quick to draw; the few that fall on the threshold itself are decided by a draw of their
+    # own, so that the probability is `keep` to double precision.
     whole, rest = divmod(keep * 65536, 1)
     if whole >= 65536:
         return np.ones(count, dtype=bool)
     mask = draws < np.uint16(whole)
     ties = np.flatnonzero(draws == np.uint16(whole))
-    mask[ties] = np.random.Generator(stream).random(len(ties)) < rest
+    if len(ties):
+        mask[ties] = np.random.default_rng([seed, digest, block, 1]).random(len(ties)) < rest
     return mask

@@ -146,7 +146,7 @@ class DeltaPruner(BaseEstimator):
     def transform(self) -> dict[str, Tensor]:
         """The pruned deltas by tensor, as sparse COO tensors in float32."""
         self._fitted()
-        return {name: delta.to_sparse() for name, delta in self._pruned(self._final_seed, self.q_).items()}
+        return {name: delta.to_sparse() for name, delta in self._pruned(self._masks(self._final_seed), self.q_).items()}
 
     def apply(self, model: nn.Module | None = None) -> nn.Module:
         """The pruned model: base plus pruned delta, the head as fine-tuned.
@@ -158,7 +158,7 @@ class DeltaPruner(BaseEstimator):
         """
         self._fitted()
         model = copy.deepcopy(self.tuned_) if model is None else model
-        self._write(model, self._pruned(self._final_seed, self.q_))
+        self._write(model, self._pruned(self._masks(self._final_seed), self.q_))
         return model
 
     @property
@@ -227,12 +227,14 @@ class DeltaPruner(BaseEstimator):
         """What a candidate q is judged by, larger is better, and its name."""
         selection = ("validation" if score is not None else "output") if self.selection == "auto" else self.selection
         work = copy.deepcopy(self.tuned_).eval()
+        count = 1 if decoder or selection == "validation" else self.masks
+        masks = [self._masks(self._mask_seed(number)) for number in range(count)]
         if selection == "validation":
             if score is None:
                 raise InputError("score: selection by validation needs one; or choose selection='output' with batches")
 
             def by_score(q: Any) -> float:
-                self._write(work, self._pruned(self._mask_seed(0), q))
+                self._write(work, self._pruned(masks[0], q))
                 value = float(score(work))
                 if not np.isfinite(value):
                     raise DataError(f"score: gave {value} for q = {q}")
@@ -242,12 +244,11 @@ class DeltaPruner(BaseEstimator):
         _needed(inputs)
         with torch.no_grad():
             outputs = [outputs_of(self.tuned_, batch, decoder) for batch in inputs]
-        masks = 1 if decoder else self.masks
 
         def by_output(q: Any) -> float:
             changes = []
-            for number in range(masks):
-                self._write(work, self._pruned(self._mask_seed(number), q))
+            for mask in masks:
+                self._write(work, self._pruned(mask, q))
                 with torch.no_grad():
                     parts = [
                         change_of(outputs_of(work, batch, decoder), before, decoder)
@@ -260,22 +261,29 @@ class DeltaPruner(BaseEstimator):
 
         return by_output, "the change of the outputs"
 
-    def _pruned(self, seed: int, q: Any) -> dict[str, Tensor]:
+    def _masks(self, seed: int) -> dict[str, Tensor]:
+        """Which entries of each delta are kept, for the methods that draw them."""
+        if self.method in ("magnitude", "wanda"):
+            return {}
+        return {
+            name: keep_mask(
+                seed, name, delta.shape, 1 - self.rate, self.columns_.get(name) if self.structured else None
+            ).to(delta.device)
+            for name, (_, delta) in self.weights_.items()
+        }
+
+    def _pruned(self, masks: Mapping[str, Tensor], q: float | Mapping[str, float]) -> dict[str, Tensor]:
         """Pruned deltas of all tensors, in the shape of the base's."""
         pruned = {}
         for name, (_, delta) in self.weights_.items():
-            axis = self.columns_.get(name)
-            if self.method == "wanda" and name in self.norms_:
-                flat = delta if axis == 1 else delta.T
+            if name in masks:
+                pruned[name] = delta.where(masks[name], 0) / (q[name] if isinstance(q, Mapping) else q)
+            elif self.method == "wanda" and name in self.norms_:
+                flat = delta if self.columns_[name] == 1 else delta.T
                 kept = importance_delta(flat, self.rate, act_norm=self.norms_[name])
-                pruned[name] = kept if axis == 1 else kept.T
-            elif self.method in ("magnitude", "wanda"):
-                pruned[name] = importance_delta(delta, self.rate)
+                pruned[name] = kept if self.columns_[name] == 1 else kept.T
             else:
-                dim = axis if self.structured else None
-                mask = keep_mask(seed, name, delta.shape, 1 - self.rate, dim).to(delta.device)
-                divisor = q[name] if isinstance(q, Mapping) else q
-                pruned[name] = delta.where(mask, 0) / divisor
+                pruned[name] = importance_delta(delta, self.rate)
         return pruned
 
     @torch.no_grad()
@@ -311,10 +319,7 @@ class DeltaPruner(BaseEstimator):
 
     def _by_gradient(self, inputs: list[Any]) -> dict[str, float]:
         low = 1 - self.rate
-        masked = {
-            name: delta.where(keep_mask(self._mask_seed(0), name, delta.shape, low).to(delta.device), 0)
-            for name, (_, delta) in self.weights_.items()
-        }
+        masked = self._pruned(self._masks(self._mask_seed(0)), 1.0)
         layers = [name for name in self.columns_ if name in masked]
         if not layers:
             raise InputError("rescale: 'gradient' needs linear layers among the pruned; take rescale='global'")

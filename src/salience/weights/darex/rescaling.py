@@ -91,16 +91,14 @@ def analytic_q(
         raise InputError(f"eta: got {eta!r}; it must be positive")
     s1, s2 = c.double().sum(1), c.double().square().sum(1)
     constant, spread = math.log(2 / _probability(gamma)), phi(p)
-    best = torch.full_like(s1, math.inf)
-    chosen = torch.full_like(s1, 1 - p)
-    passed = torch.zeros_like(s1, dtype=torch.bool)
-    for q in np.arange(1 - p, 0.999, _Q_STEP):
-        value = (eta * (1 - (1 - p) / q) * s1 + eta**2 * spread * s2 / (4 * q**2) + constant).abs()
-        better, worse = value <= best, value >= best
-        best, chosen = torch.where(better, value, best), torch.where(better, torch.as_tensor(q), chosen)
-        passed |= worse
-        if passed.double().mean() >= stop:
-            break
+    grid = torch.from_numpy(np.arange(1 - p, 0.999, _Q_STEP)).to(s1.device)[:, None]
+    value = (eta * (1 - (1 - p) / grid) * s1 + eta**2 * spread * s2 / (4 * grid**2) + constant).abs()
+    lowest = value.cummin(0).values
+    passed = (value[1:] >= lowest[:-1]).int().cummax(0).values.bool()  # a row has passed its best
+    ended = (passed.double().mean(1) >= stop).nonzero()[:1, 0]
+    seen = value[: int(ended) + 2] if len(ended) else value
+    last = len(seen) - 1 - seen.flip(0).argmin(0)  # of equal values the larger q
+    chosen = grid[last, 0]
     return chosen
 
 
