@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 
-from salience.weights import CifarResNet, infer_spec, merge_directories, weight_matching
+from salience.weights import CifarResNet, infer_spec, match_weights, merge_directories
 
 HIDDEN, INNER, WORDS = 512, 2048, 2000
 
@@ -68,7 +68,11 @@ def peer(python: str, folder: Path, models: list[Path], base: Path, out: Path, m
     """Seconds of mergekit for the same, without its start."""
     shutil.rmtree(out, ignore_errors=True)
     entries = [{"model": str(model), "parameters": {"weight": 0.5, "density": 0.1}} for model in models]
-    config = {"merge_method": {"linear": "linear", "dare": "dare_linear"}[method], "models": entries, "dtype": "float32"}
+    config = {
+        "merge_method": {"linear": "linear", "dare": "dare_linear"}[method],
+        "models": entries,
+        "dtype": "float32",
+    }
     if method == "dare":
         config["base_model"] = str(base)
         config["parameters"] = {"rescale": True, "normalize": False}
@@ -116,7 +120,7 @@ def matching() -> dict[str, float]:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
     spec = infer_spec(CifarResNet(20, width=16), torch.zeros(2, 3, 32, 32))
     began = time.perf_counter()
-    found = weight_matching(spec, *states, generator=torch.Generator().manual_seed(0))
+    found = match_weights(spec, *states, generator=torch.Generator().manual_seed(0))
     seconds = time.perf_counter() - began
     sides = [
         [
@@ -138,7 +142,7 @@ def matching() -> dict[str, float]:
 
 
 def check_parity(folder: Path, models: list[Path], base: Path) -> dict[str, float]:
-    """The linear merges must agree; of DARE the share kept, and that every kept entry is rescaled by ``1 / (1 - p)``."""
+    """The linear merges must agree; of DARE every entry must be dropped or rescaled by ``1 / (1 - p)``."""
     one, two = (load_file(folder / name / "model.safetensors") for name in ("ours-linear", "peer-linear"))
     worst = max(float((one[name] - two[name]).abs().max()) for name in one)
     if one.keys() != two.keys() or worst > 1e-6:
