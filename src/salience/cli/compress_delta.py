@@ -75,8 +75,7 @@ def delta(
             base, tuned, out, evaluation=evaluation, method=method.value, rate=rate, rescale=_number(rescale),
             selection=selection.value, exclude=_names(exclude), seed=seed, overwrite=overwrite, step=status.update,
         )  # fmt: skip
-    facts = {"rate": rate, "q": result.q if isinstance(result.q, float) else None, "entries": result.stats.entries}
-    facts |= {"relative size": result.stats.relative, "seed": seed}
+    facts = {"rate": rate, "q": result.q if isinstance(result.q, float) else None, "seed": seed}
     shown.show(result, facts, page, as_json, f"Pruned delta: {out.name}", shown.delta_blocks(result))
 
 

@@ -118,7 +118,10 @@ def merge_permuted(
     plain = _mean(states)
     result = Permuted(os.fspath(out), "permuted mean", f"units lined up by their {method}")
     result.groups, result.units = len(spec.sizes), sum(spec.sizes.values())
-    result.distance_cut = distance_reduction(states[0], states[1], permuted[1])
+    try:
+        result.distance_cut = distance_reduction(states[0], states[1], permuted[1])
+    except DataError:
+        result.notes.append("the first two networks are equal")
     for gamma in (0.0, 0.3):
         pair = [singular_alignment(states[0], state, gamma=gamma).score for state in (states[1], permuted[1])]
         result.aligned[f"{gamma:g}"] = (pair[0], pair[1])
@@ -144,10 +147,10 @@ def merge_permuted(
             result.comparison = compare(measured, shown)
         if data and measured is not None and len(models) == 2:
             step("measuring the line between the two")
-            for name, other in (("as trained", states[1]), ("permuted", permuted[1])):
+            for name, second in (("as trained", states[1]), ("permuted", permuted[1])):
                 points = [t / (_LINE - 1) for t in range(_LINE)]
                 result.line[name] = [
-                    float(measured.score(filled(interpolate(states[0], other, t), 0 < t < 1)).mean()) for t in points
+                    float(measured.score(filled(interpolate(states[0], second, t), 0 < t < 1)).mean()) for t in points
                 ]
         step("writing")
         final = _saved(best, Path(folder) / "final", out)
