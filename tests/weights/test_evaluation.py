@@ -246,3 +246,12 @@ def test_halves_share_no_example_and_make_the_whole(tokenizer, documents, pictur
         whole, first, second = (Evaluation(data, half=half).score(loaded) for half in (None, 0, 1))
         assert len(first) + len(second) == len(whole) and len(second) > 0
         assert sorted([*first.round(5), *second.round(5)]) == sorted(whole.round(5))
+
+
+def test_inputs_are_what_the_models_take(tokenizer, documents, pictures):
+    text = Evaluation(documents, batch_size=2).inputs(Loaded(build("llama"), tokenizer))
+    assert [len(batch["input_ids"]) for batch in text] == [2, 1] and text[0]["attention_mask"].sum() == 8
+    assert [len(b) for b in Evaluation(pictures, batch_size=8).inputs(Loaded(build("plain"), None), rows=10)] == [8, 2]
+    assert list(Evaluation(pictures).inputs(Loaded(build("vit"), None))[0]) == ["pixel_values"]
+    with pytest.raises(InputError, match="no inputs"):
+        Evaluation(command="x {model}").inputs(Loaded(build("plain"), None))

@@ -10,7 +10,17 @@ import typer
 
 from salience import __version__
 from salience._lazy import missing_extra
-from salience.cli import compress_channels, compress_sparsify, papers, reproduce, select_text, verbs
+from salience.cli import (
+    compress_channels,
+    compress_delta,
+    compress_sparsify,
+    merge_delta,
+    merge_permute,
+    papers,
+    reproduce,
+    select_text,
+    verbs,
+)
 from salience.cli._say import say
 from salience.errors import SalienceError
 
@@ -22,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (select_text, compress_channels, compress_sparsify)  # importing a command's file hangs it on its verb
+# Importing a command's file hangs it on its verb.
+_COMMANDS = (select_text, compress_channels, compress_delta, compress_sparsify, merge_delta, merge_permute)
 for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:
         app.add_typer(_verb, name=_name)

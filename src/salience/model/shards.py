@@ -154,7 +154,7 @@ class TensorStore:
             self.entries |= _header(self.path / shard)
         self._opened = ExitStack()
         files = {entry.file for entry in self.entries.values()}
-        self._streams = {file: self._opened.enter_context(open(file, "rb")) for file in files}
+        self._streams = {file: self._opened.enter_context(open(file, "rb")) for file in files}  # noqa: SIM115
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """A tensor by its name, in its shape; with `first` or `last` a flat piece of it."""

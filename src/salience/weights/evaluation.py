@@ -135,20 +135,54 @@ class Evaluation:
             )
         return scores
 
-    def _images(self, loaded: Loaded) -> Tensor:
+    def inputs(self, loaded: Loaded, rows: int = 256) -> list[Any]:
+        """Batches of model inputs from the first examples: for what needs activations or outputs but no labels.
+
+        Parameters
+        ----------
+        loaded : Loaded
+            Its processor prepares the examples.
+        rows : int
+            Examples at most.
+
+        Raises
+        ------
+        InputError
+            A command has no inputs.
+        """
+        if self.kind == "command":
+            raise InputError("evaluation: a command has no inputs to look at; give data")
+        if self.kind == "text":
+            tokens = self._tokens(loaded)[:rows]
+            return [self._padded(batch) for batch in _parts(tokens, min(self.batch_size, 8))]
+        pictures = self._pictures(loaded)[0]
+        pixels = [pictures[i][0] for i in range(min(rows, len(pictures)))]
+        batches = [torch.stack(batch) for batch in _parts(pixels, self.batch_size)]
+        named = hasattr(loaded.model, "config")  # a model of transformers takes pictures by name
+        return [{"pixel_values": batch} if named else batch for batch in batches]
+
+    def _pictures(self, loaded: Loaded) -> tuple[Any, Any]:
         from salience.model import read_images
 
         images = read_images(
-            os.fspath(self.data or ""), loaded.processor, size=self.size, mean=self.mean, std=self.std, limit=self.limit
+            os.fspath(self.data or ""),
+            loaded.processor,
+            size=self.size,
+            mean=self.mean,
+            std=self.std,
+            limit=self.limit,
         )
+        return Subset(images, range(len(images))[self._part]), images
+
+    def _images(self, loaded: Loaded) -> Tensor:
+        chosen, images = self._pictures(loaded)
         if images.labels is None:
             raise DataError(f"{self.data}: has no labels, so that accuracy cannot be measured")
         model, device = loaded.model, next(loaded.model.parameters()).device
-        chosen = Subset(images, range(len(images))[self._part])
+        labels = _matched(torch.as_tensor(images.labels), images.class_names, model)[self._part]
         logits = map_batches(
             lambda batch: logits_of(model(batch[0].to(device))).float(), chosen, batch_size=self.batch_size
         )
-        labels = _matched(torch.as_tensor(images.labels), images.class_names, model)[self._part]
         if logits.ndim != 2 or int(labels.max()) >= logits.shape[1]:
             raise DataError(
                 f"{self.data}: label {int(labels.max())} is there, but {type(model).__name__} gives "
@@ -162,7 +196,7 @@ class Evaluation:
     def _part(self) -> slice:
         return slice(None) if self.half is None else slice(self.half, None, 2)
 
-    def _text(self, loaded: Loaded) -> Tensor:
+    def _tokens(self, loaded: Loaded) -> list[Tensor]:
         model: Any = loaded.model
         tokenizer = loaded.processor
         if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
@@ -174,17 +208,25 @@ class Evaluation:
         rows = [torch.tensor(row) for row in rows if len(row) > 1]  # of one token nothing is predicted
         if not rows:
             raise NothingToDo(f"{self.data}: no document has two tokens")
-        device = next(model.parameters()).device
+        return rows
+
+    def _padded(self, batch: list[Tensor]) -> dict[str, Tensor]:
+        ids = pad_sequence(batch, batch_first=True)  # on the right, where no token before it sees it
+        lengths = torch.tensor([len(row) for row in batch])
+        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+    def _text(self, loaded: Loaded) -> Tensor:
+        model, device = loaded.model, next(loaded.model.parameters()).device
 
         def bits(batch: list[Tensor]) -> Tensor:
-            ids = pad_sequence(batch, batch_first=True).to(device)  # on the right, where no token before it sees it
-            lengths = torch.tensor([len(row) for row in batch], device=device)
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
-            nats = logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None])[..., 0]
-            return nats.where(mask[:, 1:], 0).double().sum(1) / (lengths - 1) / math.log(2)
+            inputs = {name: value.to(device) for name, value in self._padded(batch).items()}
+            ids, mask = inputs["input_ids"][:, 1:], inputs["attention_mask"][:, 1:].bool()
+            logits = logits_of(model(**inputs))[:, :-1].float()
+            nats = logits.logsumexp(-1) - logits.gather(-1, ids[..., None])[..., 0]
+            return nats.where(mask, 0).double().sum(1) / mask.sum(1) / math.log(2)
 
-        return map_batches(bits, rows, batch_size=min(self.batch_size, 8))  # logits of a vocabulary are large
+        # logits of a vocabulary are large
+        return map_batches(bits, self._tokens(loaded), batch_size=min(self.batch_size, 8))
 
     def _documents(self) -> list[str]:
         from salience.io import Corpus, read
@@ -282,6 +324,10 @@ def compare(evaluation: Evaluation, models: Mapping[str, str | os.PathLike | Loa
                 f"{name}: {len(scores[name])} scores, the first model has {len(first)}: not the same examples"
             )
     return Comparison(evaluation.measure, evaluation.higher_is_better, scores, evaluation.seed)
+
+
+def _parts(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _kind(path: Path) -> Literal["images", "text"]:
