@@ -125,6 +125,21 @@ def test_what_lets_channels_pass(forward) -> None:
     assert not group.fixed and ("b.weight", 1, "in", 1) in members(group)
 
 
+def test_weights_of_a_layer_of_ones_own_are_held() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.scale = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.w)
+
+    net = Net(lambda n, x: n.b(torch.relu(n.own(x))), own=Own(), b=nn.Linear(4, 2))
+    assert "no layer that can be resized" in groups(net, torch.randn(2, 4))["own"].fixed
+    net = Net(lambda n, x: n.b(n.a(x) * n.own.scale), a=nn.Linear(4, 4), own=Own(), b=nn.Linear(4, 2))
+    assert "tells its channels apart" in groups(net, torch.randn(2, 4))["a"].fixed
+
+
 def test_tied_and_shared_weights() -> None:
     tied = Net(lambda n, x: n.c(n.b(n.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 2))
     tied.b.weight = tied.a.weight

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from salience.errors import InputError
 from salience.model.at import logits_of, run, training_mode
+from salience.model.narrowing import layer_kind
 
 Role = Literal["out", "in", "vector", "depthwise"]
 
@@ -166,6 +167,8 @@ class _Watch(TorchFunctionMode):
         for name, tensor in state.items():
             self.names.setdefault(id(tensor), name)
         self.owned = dict(state)
+        modules = dict(model.named_modules())
+        self.owner = {name: modules[name.rpartition(".")[0]] for name in state}
         shared = Counter(id(tensor) for tensor in state.values())
         self.tied = {name for name, tensor in state.items() if shared[id(tensor)] > 1}
         self.at: dict[int, _At] = {}
@@ -294,12 +297,8 @@ class _Watch(TorchFunctionMode):
                     first.tag.fix(f"{name} of differently laid out channels")
                     place.tag.fix(f"{name} of differently laid out channels")
             elif tensor.ndim >= -dim and tensor.shape[dim] == width and width > 1:
-                label = self._named(tensor)
-                if label is not None and tensor.ndim == 1 and first.block == 1:
-                    self._vector(first.tag, tensor)
-                else:
-                    first.tag.fix(f"{name} with a tensor that tells its channels apart")
-                    self._fix_parameters([tensor], name)
+                first.tag.fix(f"{name} with a tensor that tells its channels apart")
+                self._fix_parameters([tensor], name)
         if output.ndim > first.dim and output.shape[first.dim] == width:
             self.at[id(output)] = first
         else:
@@ -413,6 +412,10 @@ class _Watch(TorchFunctionMode):
             names = [member.tensor for member in members if self.owned[member.tensor].ndim > 1]
             if len(set(names)) < len(names):
                 reasons.append("one tensor carries it along two axes")
+            kinds = {member.tensor: layer_kind(self.owner[member.tensor]) for member in members}
+            reasons += [
+                f"{name} belongs to no layer that can be resized" for name, kind in kinds.items() if kind is None
+            ]
             if self.tied & {member.tensor for member in members}:
                 reasons.append("its weights are tied to others")
             if not any(member.role == "in" for member in members):

@@ -126,7 +126,7 @@ def reshape(model: nn.Module, shapes: Shapes, where: str = "shapes") -> None:
     for name, shape in shapes.shapes.items():
         owner, _, leaf = name.rpartition(".")
         layer, old = modules.get(owner), state.get(name)
-        if layer is None or _kind(layer) is None or (old is None and leaf != "bias"):
+        if layer is None or layer_kind(layer) is None or (old is None and leaf != "bias"):
             raise DataError(f"{where}: {name!r} is no tensor of a layer that can be narrowed; {nearest(name, state)}")
         if old is None:
             if getattr(layer, "bias", 0) is not None or len(shape) != 1 or shape[0] > max(layer.weight.shape):
@@ -162,7 +162,7 @@ def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             flag = tensor.is_floating_point() if old is None else old.requires_grad
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=flag))
     for name, layer in touched.items():
-        kind = _kind(layer)
+        kind = layer_kind(layer)
         if kind == "norm":
             layer.num_features = len(layer.running_mean if layer.running_mean is not None else layer.weight)
         else:
@@ -183,7 +183,7 @@ def fold_norms(model: nn.Module, norms: Mapping[str, str]) -> None:
     for norm_name, layer_name in norms.items():
         norm: Any = model.get_submodule(norm_name)
         layer: Any = model.get_submodule(layer_name)
-        fuse: Any = fuse_linear_bn_weights if _kind(layer) == "linear" else fuse_conv_bn_weights
+        fuse: Any = fuse_linear_bn_weights if layer_kind(layer) == "linear" else fuse_conv_bn_weights
         # In float64, since a running variance near zero makes large factors.
         mean, variance, scale, shift = (
             None if value is None else value.detach().double()
@@ -207,7 +207,8 @@ def check_size(wide: nn.Module, stored: int, where: str) -> None:
         )
 
 
-def _kind(layer: nn.Module) -> str | None:
+def layer_kind(layer: nn.Module) -> str | None:
+    """Whether a layer can be narrowed: "linear", "transposed" (`Conv1D`), "convolution", "norm", or None."""
     if isinstance(layer, nn.Linear):
         return "linear"
     if isinstance(layer, _ConvNd) and not isinstance(layer, _ConvTransposeNd):
@@ -243,7 +244,7 @@ def _resize(layer: Any, kind: str | None) -> None:
 
 
 def _check(name: str, layer: Any) -> None:
-    kind = _kind(layer)
+    kind = layer_kind(layer)
     if kind == "norm":
         sizes = {len(v) for v in (layer.weight, layer.bias, layer.running_mean, layer.running_var) if v is not None}
         fits = len(sizes) == 1
