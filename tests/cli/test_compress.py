@@ -94,6 +94,7 @@ def test_channels_are_merged_and_measured_first(run, folder: Path, resnet) -> No
     assert "Measured on your data" in page and "Left as they are" in page
 
 
+@pytest.mark.slow
 def test_channels_in_json_with_every_method(run, folder: Path, resnet) -> None:
     for method, others in (("ifm", {"L1 norm", "random"}), ("l1", {"ifm", "random"}), ("random", {"ifm", "L1 norm"})):
         code, out, _ = run("channels", "net", "--keep", "0.5", "--method", method, *MEASURED, "-o", method, "--json")
@@ -107,7 +108,7 @@ def test_channels_in_json_with_every_method(run, folder: Path, resnet) -> None:
         assert all(after == before // 2 for before, after in result["widths"].values())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt2"))])
 def test_a_language_model_stays_one_that_from_pretrained_loads(family: str, run, folder: Path, tokenizer) -> None:
     import transformers
 
@@ -248,7 +249,9 @@ def test_weights_are_masked_and_measured_first(run, folder: Path, resnet) -> Non
     assert out.startswith("After is") and "random here" in out.splitlines()[0] and "with or without zeros" in out
 
 
-@pytest.mark.parametrize("method", ["wanda", "snip", "grasp", "synflow", "random"])
+@pytest.mark.parametrize(
+    "method", ["wanda", *(pytest.param(m, marks=pytest.mark.slow) for m in ("snip", "grasp", "synflow", "random"))]
+)
 def test_every_method_against_magnitude_and_random(method: str, run, folder: Path, resnet) -> None:
     data = ["--data", "test.parquet"] if method in ("wanda", "snip", "grasp") else []
     code, out, err = run("sparsify", "net", "-d", "0.4", "--method", method, *data, *MEASURED, "-o", "out", "--json")
@@ -258,7 +261,7 @@ def test_every_method_against_magnitude_and_random(method: str, run, folder: Pat
     assert abs(result["density"] - 0.4) < 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("family", ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt2"))])
 def test_a_language_model_by_two_of_four(family: str, run, folder: Path, tokenizer) -> None:
     import transformers
 
