@@ -7,6 +7,7 @@ import inspect
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
 
@@ -17,12 +18,24 @@ from salience.papers import load
 RAW = ["the cat sat on the mat and saw a dog"] * 8 + [f"def add{n}(a, b): return a + b" for n in range(8)]
 TARGET = ["def sub(a, b): return a - b", "def mul(a, b): return a * b"]
 
+
+def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A small network before and after fine-tuning."""
+    torch.manual_seed(0)
+    return tuple(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2))
+
+
 # How each estimator is fitted on something small, and what it chooses then: entry -> (parameters, fit, result).
 FITS = {
     "salience.data:DSIR": (
         {"num_buckets": 200, "min_tokens": 1, "workers": 1, "smoothing": 1.0},
         lambda model: model.fit(RAW, TARGET),
         lambda model: model.select(RAW, 5),
+    ),
+    "salience.weights:DeltaPruner": (
+        {"rate": 0.5, "rescale": "global", "exclude": ()},
+        lambda model: model.fit(*networks(), batches=[torch.ones(4, 3)]),
+        lambda model: model.transform()["0.weight"].to_dense().numpy(),
     ),
     "salience.data:HeuristicClassifier": (
         {"num_buckets": 200},

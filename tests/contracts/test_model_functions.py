@@ -56,6 +56,24 @@ def lesson(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def lesson_batches(model: nn.Module) -> dict[str, Any]:
+    return {"batches": [(images(), torch.arange(8) % 3)]}
+
+
+def line(model: nn.Module) -> dict[str, Any]:
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    end = {name: value * 1.5 if value.is_floating_point() else value for name, value in start.items()}
+    return {
+        "state_a": start, "state_b": end, "points": 3, "recalibrate": [images()],
+        "evaluate": lambda network: (float(network(images()).square().mean().detach()), 0.5),
+    }  # fmt: skip
+
+
+def forecast(model: nn.Module) -> dict[str, Any]:
+    states = {name: value for name, value in line(model).items() if name.startswith("state")}
+    return {**states, "loss": lambda network: network(images()).square().mean()}
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
     "salience.weights:select_params": Example(lambda model: {"which": "bn"}, FLAGS, lambda: build("gpt2")),
@@ -65,6 +83,32 @@ EXAMPLES = {
     "salience.weights:dead_channels": Example(
         lambda model: {"data": images()}, refused=lambda: nn.Conv2d(3, 1, 3)
     ),
+    "salience.weights:iterative_feature_merging": Example(
+        lambda model: {"example": images(1), "beta": 0.9}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:feature_complexity": Example(
+        lambda model: {"example": images(1), "betas": (0.5,)}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:equivalence_report": Example(
+        lambda model: {"other": build("plain"), "data": images(), "layers": ["conv"]}
+    ),
+    "salience.weights:prune_channels": Example(
+        lambda model: {"example": images(1), "keep": 0.5}, refused=lambda: nn.Conv2d(3, 1, 3)
+    ),
+    "salience.weights:score_magnitude": Example(lambda model: {}, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_snip": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_grasp": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_wanda": Example(lesson_batches, refused=lambda: nn.BatchNorm2d(3)),
+    "salience.weights:score_synflow": Example(lambda model: {"example": images(1)}, refused=lambda: build("vit")),
+    "salience.weights:synflow_masks": Example(
+        lambda model: {"example": images(1), "density": 0.5, "rounds": 3}, refused=lambda: build("vit")
+    ),
+    "salience.weights:sparsity_report": Example(
+        lambda model: {"masks": None, "example": images(1)}, refused=lambda: nn.BatchNorm2d(3)
+    ),
+    "salience.weights:infer_spec": Example(lambda model: {"example": images()}, refused=lambda: nn.Conv2d(3, 1, 3)),
+    "salience.weights:barrier": Example(line),
+    "salience.weights:taylor_barrier": Example(forecast),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from salience.errors import DataError, InputError
-from salience.model import load, logits_of, rewrite, run
+from salience.model import TensorStore, load, logits_of, rewrite, run
 from tiny import FAMILIES, directory_hash, example, save
 
 
@@ -305,3 +305,63 @@ def test_memory_is_that_of_one_shard(tmp_path):
     grown = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout)
     assert grown < 96  # MB; all shards together have 192, one with its copies 24
     assert load_file(tmp_path / "out" / "model-00007-of-00024.safetensors")["w7"][0] == 8
+
+
+def test_a_store_reads_what_safetensors_reads(tmp_path):
+    for family, options in (("qwen2", {}), ("llama", {"shard_size": "20KB"}), ("gpt2", {"dtype": torch.bfloat16})):
+        save(family, tmp_path / family, **options)
+        expected = {}
+        for file in (tmp_path / family).glob("*.safetensors"):
+            expected |= load_file(file)
+        with TensorStore(tmp_path / family) as store:
+            assert store.entries.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(store.read(name), tensor) and store.read(name).dtype == tensor.dtype
+                assert torch.equal(store.read(name, 3, 11), tensor.flatten()[3:11])
+
+
+def test_pieces_make_the_same_model(tmp_path):
+    save("llama", tmp_path / "in", shard_size="20KB")
+    seen: dict[str, list[int]] = {}
+
+    def piecewise(name, piece, start):
+        seen.setdefault(name, []).append(start)
+        return piece.mul_(1 + 1e-3 * (start + torch.arange(len(piece))))
+
+    def whole(name, tensor):
+        return tensor * (1 + 1e-3 * torch.arange(tensor.numel()).view(tensor.shape))
+
+    rewrite(tmp_path / "in", tmp_path / "pieces", piecewise, block=100)
+    rewrite(tmp_path / "in", tmp_path / "whole", whole)
+    assert directory_hash(tmp_path / "pieces") == directory_hash(tmp_path / "whole")
+    assert seen["model.embed_tokens.weight"] == list(range(0, 320 * 32, 100))
+
+
+def test_a_piece_that_is_not_finite_is_named(tmp_path):
+    save("llama", tmp_path / "in")
+    for bad in (torch.nan, torch.inf, -torch.inf):
+
+        def spoil(name, piece, start, bad=bad):
+            if name == "model.layers.1.mlp.up_proj.weight" and start == 200:
+                piece[7] = bad
+            return piece
+
+        with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj"):
+            rewrite(tmp_path / "in", tmp_path / "out", spoil, block=100, overwrite=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_finite_values_are_let_pass(tmp_path):
+    save("llama", tmp_path / "in")
+    rewrite(tmp_path / "in", tmp_path / "out", lambda name, tensor: torch.full_like(tensor, 3e38))
+    with TensorStore(tmp_path / "out") as store:
+        assert (store.read("model.norm.weight") == 3e38).all()
+
+
+def test_tensors_without_entries_and_without_axes_are_kept(tmp_path):
+    save("llama", tmp_path / "in")
+    tensors = {"empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "count": torch.tensor(7)}
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    rewrite(tmp_path / "in", tmp_path / "out", lambda name, piece, start: piece, block=10)
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(back[name], value) and back[name].shape == value.shape for name, value in tensors.items())

@@ -10,7 +10,20 @@ import typer
 
 from salience import __version__
 from salience._lazy import missing_extra
-from salience.cli import explain_saliency, papers, rank_table, reproduce, select_text, verbs, verify_output
+from salience.cli import (
+    compress_channels,
+    compress_delta,
+    compress_sparsify,
+    explain_saliency,
+    merge_delta,
+    merge_permute,
+    papers,
+    rank_table,
+    reproduce,
+    select_text,
+    verbs,
+    verify_output,
+)
 from salience.cli._say import say
 from salience.errors import SalienceError
 
@@ -23,7 +36,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 # Importing a command's file hangs it on its verb.
-_COMMANDS = (explain_saliency, rank_table, select_text, verify_output)
+_COMMANDS = (
+    compress_channels,
+    compress_delta,
+    compress_sparsify,
+    explain_saliency,
+    merge_delta,
+    merge_permute,
+    rank_table,
+    select_text,
+    verify_output,
+)
 for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:
         app.add_typer(_verb, name=_name)

@@ -7,11 +7,14 @@ from salience._lazy import exports
 if TYPE_CHECKING:
     from salience.model.at import capture, eager_attention, layer, logits_of, replace, run, training_mode
     from salience.model.batches import map_batches
+    from salience.model.channels import ChannelGroup, ChannelMap, channel_groups
     from salience.model.fitting import History, fit
+    from salience.model.flops import layer_flops
     from salience.model.images import ImageSet, read_images
     from salience.model.loading import Loaded, load
     from salience.model.safe import check_directory
-    from salience.model.shards import rewrite
+    from salience.model.saving import save_narrowed
+    from salience.model.shards import TensorStore, rewrite
     from salience.model.split import Split
     from salience.model.text import embed, span_log_probs
 
@@ -33,21 +36,32 @@ _WHERE: dict[str, str] = {
     "ImageSet": "images",
     "fit": "fitting",
     "History": "fitting",
+    "ChannelGroup": "channels",
+    "ChannelMap": "channels",
+    "channel_groups": "channels",
+    "layer_flops": "flops",
+    "save_narrowed": "saving",
     "rewrite": "shards",
+    "TensorStore": "shards",
     "span_log_probs": "text",
     "embed": "text",
 }
 __all__ = [
+    "ChannelGroup",
+    "ChannelMap",
     "History",
     "ImageSet",
     "Loaded",
     "Split",
+    "TensorStore",
     "capture",
+    "channel_groups",
     "check_directory",
     "eager_attention",
     "embed",
     "fit",
     "layer",
+    "layer_flops",
     "load",
     "logits_of",
     "map_batches",
@@ -55,6 +69,7 @@ __all__ = [
     "replace",
     "rewrite",
     "run",
+    "save_narrowed",
     "span_log_probs",
     "training_mode",
 ]

@@ -1,17 +1,20 @@
-"""Rewrite the weights of a model directory tensor by tensor, one shard in memory at a time."""
+"""Read and rewrite the weights of a model directory tensor by tensor, or block by block, without loading the model."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from salience.errors import DataError, InputError
@@ -27,8 +30,9 @@ _NOT_COPIED = PICKLES | {".safetensors", ".gguf", ".onnx", ".py"}
 def rewrite(
     in_dir: str | os.PathLike,
     out_dir: str | os.PathLike,
-    tensor_fn: Callable[[str, Tensor], Tensor],
+    tensor_fn: Callable[..., Tensor],
     *,
+    block: int | None = None,
     fingerprint: str = "",
     overwrite: bool = False,
     resume: bool = False,
@@ -37,7 +41,7 @@ def rewrite(
 
     Shards, index, metadata, dtypes, configuration, generation settings and tokenizer are kept. Tied weights
     are stored once: `tensor_fn` sees them once, and they stay tied. `in_dir` is only read; `out_dir` appears
-    under its name when it is complete. Peak memory is about one shard.
+    under its name when it is complete. Memory holds one tensor at a time, or one block of it.
 
     Parameters
     ----------
@@ -48,6 +52,9 @@ def rewrite(
     tensor_fn : callable
         Gets a tensor's name and value and returns one of the same shape, which is cast to the stored dtype.
         For `resume` to hold it must depend on nothing else, a random draw on the name and a seed only.
+    block : int, optional
+        For functions that act entry by entry: ``tensor_fn(name, piece, start)`` gets flat pieces of at most this
+        many entries, the first of which has index `start` in the flattened tensor. It may change them in place.
     fingerprint : str
         What `tensor_fn` depends on (bits, seed, the other model's hash): a run is resumed only by its like.
     overwrite : bool
@@ -74,10 +81,9 @@ def rewrite(
     finished = _finished(partial, source, fingerprint, overwrite, resume)
     for shard in shards:
         if shard not in finished:
-            _rewrite_shard(source / shard, partial / shard, tensor_fn)
-            finished[shard] = [_hash(source / shard), _hash(partial / shard)]
+            finished[shard] = _rewrite_shard(source / shard, partial / shard, tensor_fn, block)
             _write_ledger(partial, fingerprint, finished)
-    _copy_rest(source, partial)
+    copy_rest(source, partial)
     (partial / _LEDGER).unlink()
     if out.exists():
         old = out.with_name(f".{out.name}.old")
@@ -88,6 +94,108 @@ def rewrite(
     else:
         os.replace(partial, out)
     return out
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its type, its shape, and the offset of its first byte in `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    def pieces(self, block: int | None) -> list[tuple[int, int]]:
+        """First and one-past-last index of flat pieces of at most `block` entries; all in one by default."""
+        step = block or max(self.size, 1)
+        return [(first, min(first + step, self.size)) for first in range(0, max(self.size, 1), step)]
+
+    def read(self, stream, first: int, last: int) -> Tensor:
+        """Entries `first` to `last` of the flattened tensor, from its opened file."""
+        # Read, not mapped: mapped pages count as memory of this process until the whole file is in it.
+        raw = torch.empty((last - first) * self.dtype.itemsize, dtype=torch.uint8)
+        stream.seek(self.start + first * self.dtype.itemsize)
+        if stream.readinto(raw.numpy()) != raw.numel():
+            raise DataError(f"{self.file}: ends in the middle of a tensor")
+        return raw.view(self.dtype)
+
+
+class TensorStore:
+    """The stored tensors of a model directory, read one by one or piece by piece; use it in a ``with`` block.
+
+    Parameters
+    ----------
+    in_dir : path-like
+        A `transformers` directory with ``model.safetensors``, single or sharded with an index.
+
+    Attributes
+    ----------
+    path : Path
+    entries : dict of str to Entry
+        Type, shape and place of each tensor by name.
+
+    Raises
+    ------
+    InputError
+        `in_dir` is no directory.
+    DataError
+        It is unsafe or damaged.
+    """
+
+    def __init__(self, in_dir: str | os.PathLike) -> None:
+        self.path = check_directory(in_dir)
+        self.entries: dict[str, Entry] = {}
+        for shard in _shards(self.path):
+            _open(self.path / shard)
+            self.entries |= _header(self.path / shard)
+        self._opened = ExitStack()
+        files = {entry.file for entry in self.entries.values()}
+        self._streams = {file: self._opened.enter_context(open(file, "rb")) for file in files}  # noqa: SIM115
+
+    def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
+        """A tensor by its name, in its shape; with `first` or `last` a flat piece of it."""
+        entry = self.entries[name]
+        whole = first == 0 and last is None
+        piece = entry.read(self._streams[entry.file], first, entry.size if last is None else last)
+        return piece.view(entry.shape) if whole else piece
+
+    def close(self) -> None:
+        """Close the files."""
+        self._opened.close()
+
+    def __enter__(self) -> TensorStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+}  # fmt: skip
+
+
+def _header(file: Path) -> dict[str, Entry]:
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        described = json.loads(stream.read(length))
+    described.pop("__metadata__", None)
+    unknown = {each["dtype"] for each in described.values()} - set(_DTYPES)
+    if unknown:
+        raise DataError(f"{file}: holds tensors of type {min(unknown)}, which torch does not have")
+    return {
+        name: Entry(file, _DTYPES[each["dtype"]], tuple(each["shape"]), 8 + length + each["data_offsets"][0])
+        for name, each in described.items()
+    }
 
 
 def _shards(source: Path) -> list[str]:
@@ -146,29 +254,56 @@ def _finished(partial: Path, source: Path, fingerprint: str, overwrite: bool, re
     return ledger["finished"]
 
 
-def _rewrite_shard(source: Path, target: Path, tensor_fn: Callable[[str, Tensor], Tensor]) -> None:
-    tensors = {}
-    with _open(source) as stored:
-        metadata = stored.metadata()
-        for name in sorted(stored.keys()):
-            tensors[name] = _rewritten(name, stored.get_tensor(name), tensor_fn)
+def _rewrite_shard(source: Path, target: Path, tensor_fn: Callable[..., Tensor], block: int | None) -> list[str]:
+    """Write one file; gives the hashes of what was read and written, taken on the way."""
+    _open(source)  # which checks that the header describes the file
+    entries = sorted(_header(source).items(), key=lambda item: item[1].start)
+    read, written = xxhash.xxh3_128(), xxhash.xxh3_128()
     # The name is given to whole files only, so that a resumed run never trusts half of one.
     unfinished = target.with_name(f"{target.name}.tmp")
-    save_file(tensors, unfinished, metadata)
+    with open(source, "rb") as stored, open(unfinished, "wb") as out:
+        header = stored.read(8)
+        header += stored.read(int.from_bytes(header, "little"))
+        for digest in (read, written):
+            digest.update(header)
+        out.write(header)
+        for name, entry in entries:
+            for start, stop in entry.pieces(block):
+                piece = entry.read(stored, start, stop)
+                read.update(_bytes(piece))
+                if block is None:
+                    new = _rewritten(name, piece.view(entry.shape), tensor_fn)
+                else:
+                    new = _rewritten(name, piece, tensor_fn, start)
+                written.update(_bytes(new))
+                out.write(_bytes(new))
     os.replace(unfinished, target)
+    return [read.hexdigest(), written.hexdigest()]
 
 
-def _rewritten(name: str, tensor: Tensor, tensor_fn: Callable[[str, Tensor], Tensor]) -> Tensor:
+def _rewritten(name: str, tensor: Tensor, tensor_fn: Callable[..., Tensor], *start: int) -> Tensor:
     shape, dtype = tensor.shape, tensor.dtype
     with torch.no_grad():
-        new = tensor_fn(name, tensor)
+        new = tensor_fn(name, tensor, *start)
     if not isinstance(new, Tensor) or new.shape != shape:
         came = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise InputError(f"tensor_fn: returned {came} for {name!r}; it must return a tensor of {tuple(shape)}")
     new = new.detach().to("cpu", dtype).contiguous()
-    if (new.is_floating_point() or new.is_complex()) and not torch.isfinite(new).all():
+    if not _finite(new):
         raise DataError(f"tensor_fn: {name!r} is not finite after it (NaN, infinite, or too large for {dtype})")
     return new
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return True
+    if tensor.itemsize > 1 and not tensor.is_complex() and math.isfinite(float(tensor.sum(dtype=torch.float32))):
+        return True  # one pass: a single NaN or infinity would have spread to the sum
+    return bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _open(file: Path) -> safe_open:
@@ -178,7 +313,8 @@ def _open(file: Path) -> safe_open:
         raise DataError(f"{file}: not readable as safetensors: {error}") from error
 
 
-def _copy_rest(source: Path, partial: Path) -> None:
+def copy_rest(source: Path, partial: Path) -> None:
+    """Copy what is neither weights nor code nor hidden: configuration, tokenizer, generation settings."""
     for file in sorted(source.rglob("*")):
         path = file.relative_to(source)
         hidden = any(part.startswith(".") for part in path.parts)

@@ -1,0 +1,331 @@
+"""Prune and merge model directories block by block: no model is loaded, memory does not grow with its size."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from salience.errors import DataError, InputError, nearest
+from salience.model.shards import TensorStore, rewrite
+from salience.weights.darex.deltas import BLOCK, BUFFERS, HEADS, check_rates, importance_delta, keep_block, prunable
+from salience.weights.darex.diagnosis import DeltaStats, StatsSum
+
+Divisor = float | Mapping[str, float]
+Method = Literal["linear", "task", "dare", "darex"]
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+class Pair(NamedTuple):
+    """What a base and a fine-tuned directory have in common: the tensors to prune, and whether it is a decoder."""
+
+    names: list[str]
+    decoder: bool
+    stats: DeltaStats
+
+
+def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Sequence[str] = HEADS) -> Pair:
+    """Check that two directories are a base and its fine-tuned model; reads the weights once.
+
+    The vocabulary may have grown: then the rows of new tokens stay as fine-tuned.
+
+    Raises
+    ------
+    DataError
+        Different architectures, tokenizers, tensors or shapes; integer weights; a delta that is not finite. Names the
+        first tensor that does not fit.
+    """
+    with TensorStore(base) as before, TensorStore(tuned) as after:
+        _same_family(before.path, after.path)
+        grown = _same_vocabulary(before.path, after.path, may_grow=True)
+        decoder = _decoder(after.path)
+        _same_tensors(before, after, exclude, grown)
+        names = [name for name in prunable(after.entries, decoder=decoder, exclude=exclude) if _real(after, name)]
+        sums = StatsSum()
+        for name in names:
+            shared = before.entries[name].size
+            for start, stop in before.entries[name].pieces(BLOCK):
+                old, new = before.read(name, start, stop), after.read(name, start, min(stop, shared))
+                if not torch.isfinite(new.float() - old.float()).all():
+                    raise DataError(f"{after.path}: {name!r} minus that of {before.path} is not finite")
+                sums.add(name, old, new)
+    if not names:
+        raise InputError("exclude: leaves no tensor to prune")
+    return Pair(names, decoder, sums.result())
+
+
+def prune_directory(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    out: str | os.PathLike,
+    names: Sequence[str],
+    *,
+    rate: float,
+    q: Divisor | None = None,
+    method: Literal["random", "magnitude"] = "random",
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Write base plus pruned delta for the tensors in `names`, the others as fine-tuned.
+
+    Parameters
+    ----------
+    base, tuned, out : path-like
+    names : sequence of str
+        From `check_pair`.
+    rate : float in [0, 1)
+    q : float or mapping of str to float, optional
+        ``1 - rate`` by default, which is DARE.
+    method : {"random", "magnitude"}
+        Magnitude holds a whole tensor in memory and does not rescale.
+    seed : int
+        Of the masks; each entry is drawn from seed, name and index alone, as in `DeltaPruner`.
+    overwrite : bool
+
+    Returns
+    -------
+    Path
+        `out`.
+    """
+    chosen = set(names)
+    divisors = {name: check_rates(rate, q[name] if isinstance(q, Mapping) else q) for name in names}
+    with TensorStore(base) as before:
+        if method == "magnitude":
+
+            def whole(name: str, tensor: Tensor) -> Tensor:
+                if name not in chosen:
+                    return tensor
+                old, new = before.read(name).float(), tensor.float()
+                rows = old.shape[0] if old.ndim else 1
+                shared = new[:rows] if old.ndim else new
+                shared.copy_(importance_delta(shared - old, rate).add_(old))
+                return new
+
+            return rewrite(tuned, out, whole, overwrite=overwrite)
+
+        def piece(name: str, new: Tensor, start: int) -> Tensor:
+            if name not in chosen:
+                return new
+            stop = min(start + len(new), before.entries[name].size)
+            if stop <= start:
+                return new  # rows of new tokens
+            old = before.read(name, start, stop).float()
+            delta = _thinned(new[: stop - start].float().sub_(old), seed, name, start, rate)
+            pruned = old.add_(delta, alpha=1 / divisors[name])
+            return torch.cat([pruned, new[stop - start :].float()]) if len(pruned) < len(new) else pruned
+
+        return rewrite(tuned, out, piece, block=BLOCK, overwrite=overwrite)
+
+
+def merge_directories(
+    models: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    method: Method = "linear",
+    weights: Sequence[float] | None = None,
+    rate: float = 0.9,
+    q: Divisor | None = None,
+    exclude: Sequence[str] = HEADS,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Path:
+    """Put several fine-tuned models of one base into one.
+
+        linear    theta = sum_i w_i theta_i / sum_i w_i
+        task      theta = theta_P + sum_i w_i (theta_i - theta_P)
+        dare      theta = theta_P + sum_i w_i m_i (theta_i - theta_P) / (1 - p)
+        darex     theta = theta_P + sum_i w_i m_i (theta_i - theta_P) / q
+
+    What dare and darex do not prune (heads; of decoders all but attention and feed-forward) is merged as in task
+    arithmetic where the base has it, else as in linear. Running statistics are averaged. Configuration and tokenizer
+    are those of the first model.
+
+    Parameters
+    ----------
+    models : sequence of path-like
+        Two directories or more.
+    out : path-like
+    base : path-like, optional
+        The common base; needed by all but linear.
+    method : {"linear", "task", "dare", "darex"}
+    weights : sequence of float, optional
+        One per model; ``1 / n`` each by default.
+    rate : float
+        p, of dare and darex.
+    q : float or mapping of str to float
+        Of darex.
+    exclude : sequence of str
+    seed : int
+        Model i has its own masks.
+    overwrite : bool
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    InputError
+        An option out of range, or a method without what it needs.
+    DataError
+        Architectures, tokenizers, tensors or shapes differ, found before the first byte is written; or a result is not
+        finite.
+    """
+    shares = _shares(models, weights)
+    needs_base = method != "linear"
+    if needs_base == (base is None):
+        raise InputError(f"base: {'is needed by' if needs_base else 'means nothing to'} method {method!r}")
+    if method == "darex" and q is None:
+        raise InputError("q: is needed by darex; compress a delta with data to find it, or use method 'dare'")
+    with ExitStack() as stack:
+        stores = [stack.enter_context(TensorStore(model)) for model in models]
+        before = stack.enter_context(TensorStore(base)) if base is not None else None
+        body = _check_models(stores, before, exclude)
+        pruned = {name for name in body if _real(stores[0], name)} if method in ("dare", "darex") else set()
+        divisors = {name: check_rates(rate, q[name] if isinstance(q, Mapping) else q) for name in pruned}
+        total = sum(shares)
+        if abs(total) < 1e-12:
+            raise InputError(f"weights: {list(shares)} add up to zero")
+
+        def merged(name: str, first: Tensor, start: int) -> Tensor:
+            if not first.is_floating_point():
+                return first  # counters and indices: those of the first model
+            stop = start + len(first)
+            old = _base_piece(before, name, start, stop)
+            result = torch.zeros(len(first)) if old is None else old.clone()
+            for number, (store, share) in enumerate(zip(stores, shares, strict=True)):
+                part = (first if number == 0 else store.read(name, start, stop)).float()
+                factor = share / total if old is None else share
+                if old is not None:
+                    part.sub_(old)
+                    if name in pruned:
+                        part = _thinned(part, seed + number, name, start, rate)
+                        factor /= divisors[name]
+                result.add_(part, alpha=factor)
+            return result
+
+        return rewrite(models[0], out, merged, block=BLOCK, overwrite=overwrite)
+
+
+def _thinned(delta: Tensor, seed: int, name: str, start: int, rate: float) -> Tensor:
+    """A flat piece without the entries that are dropped; `start` is a multiple of BLOCK."""
+    mask = keep_block(seed, name, start // BLOCK, len(delta), 1 - rate)
+    return delta.mul_(torch.from_numpy(mask))
+
+
+def _real(store: TensorStore, name: str) -> bool:
+    """Whether a tensor holds real numbers, not counters or indices."""
+    return store.entries[name].dtype.is_floating_point
+
+
+def _base_piece(before: TensorStore | None, name: str, start: int, stop: int) -> Tensor | None:
+    """The base's part of a tensor in float32; None where there is no base for it, or it is a running statistic."""
+    if before is None or name not in before.entries or name.split(".")[-1] in BUFFERS:
+        return None
+    return before.read(name, start, stop).float()
+
+
+def _shares(models: Sequence[object], weights: Sequence[float] | None) -> list[float]:
+    if len(models) < 2:
+        raise InputError(f"models: got {len(models)}; two or more are needed")
+    if weights is None:
+        return [1 / len(models)] * len(models)
+    if len(weights) != len(models) or not np.isfinite(weights).all():
+        raise InputError(f"weights: got {list(weights)}; one finite number for each of {len(models)} models is needed")
+    return [float(weight) for weight in weights]
+
+
+def _check_models(stores: Sequence[TensorStore], before: TensorStore | None, exclude: Sequence[str]) -> set[str]:
+    """Check that all models belong together; gives the tensors whose delta is pruned by dare and darex."""
+    first = stores[0]
+    for other in [*stores[1:], *([before] if before else [])]:
+        _same_family(first.path, other.path)
+        _same_vocabulary(first.path, other.path, may_grow=False)
+    for store in stores[1:]:
+        _same_tensors(first, store, (), grown=False)
+    if before is not None:  # the base may have another head, but not one of the same name and another shape
+        _same_tensors(before, first, exclude, grown=False)
+        for name in first.entries.keys() & before.entries.keys():
+            if before.entries[name].shape != first.entries[name].shape:
+                raise DataError(f"{name!r} has another shape in {before.path} than in {first.path}")
+    return set(prunable(first.entries, decoder=_decoder(first.path), exclude=exclude))
+
+
+def _same_tensors(before: TensorStore, after: TensorStore, exclude: Sequence[str], grown: bool) -> None:
+    """What is not excluded must be in both, with one shape; with `grown`, embeddings may have more rows."""
+    for name in prunable(sorted(before.entries.keys() | after.entries.keys()), decoder=False, exclude=exclude):
+        for store, there in ((before, after), (after, before)):
+            if name not in store.entries:
+                near = nearest(name, store.entries)
+                raise DataError(f"{store.path}: has no tensor {name!r}, which is in {there.path}; {near}")
+        old, new = before.entries[name], after.entries[name]
+        taller = grown and len(old.shape) == 2 and old.shape[1:] == new.shape[1:] and new.shape[0] > old.shape[0]
+        if old.shape != new.shape and not taller:
+            raise DataError(f"{name!r} has shape {old.shape} in {before.path} and {new.shape} in {after.path}")
+        for entry in (old, new):
+            if len(entry.shape) > 1 and not entry.dtype.is_floating_point:
+                raise DataError(f"{entry.file}: {name!r} has dtype {entry.dtype}; dequantise the weights first")
+
+
+def _same_family(one: Path, two: Path) -> None:
+    first, second = _config(one), _config(two)
+    if first.get("model_type") != second.get("model_type"):
+        raise DataError(
+            f"{one} is a {first.get('model_type')!r} model and {two} a {second.get('model_type')!r}: "
+            "only models of one architecture go together"
+        )
+
+
+def _same_vocabulary(one: Path, two: Path, may_grow: bool) -> bool:
+    """Refuse different tokenizers; gives whether the second has more tokens than the first, where it may."""
+    sizes: list[int] = [_config(path).get("vocab_size", 0) for path in (one, two)]
+    present = [file for file in _VOCABULARIES if (one / file).is_file() and (two / file).is_file()]
+    grown = may_grow and sizes[1] > sizes[0]
+    if sizes[0] != sizes[1] and not grown:
+        raise DataError(f"{one} has a vocabulary of {sizes[0]} and {two} of {sizes[1]}; they must be the same")
+    for file in present:
+        first, second = (_vocabulary(path / file) for path in (one, two))
+        more = (
+            may_grow and isinstance(first, dict) and isinstance(second, dict)
+            and all(second.get(token) == number for token, number in first.items())
+        )  # fmt: skip
+        if first != second and not more:
+            raise DataError(f"{one / file} and {two / file} differ: the models have different tokenizers")
+        grown = grown or (first != second and bool(more))
+    return grown
+
+
+def _vocabulary(file: Path) -> dict[str, object] | bytes:
+    """What decides which token a number stands for; how texts are padded or cut does not."""
+    if file.suffix != ".json":
+        return file.read_bytes()
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if file.name == "vocab.json":
+        return content
+    model = content.get("model", {})
+    vocabulary = model.get("vocab", {})
+    if isinstance(vocabulary, list):
+        vocabulary = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return {**vocabulary, **added, "\0merges": json.dumps(model.get("merges")), "\0type": model.get("type")}
+
+
+def _config(path: Path) -> dict:
+    file = path / "config.json"
+    if not file.is_file():
+        raise DataError(f"{path}: has no config.json, so it is not a transformers model")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _decoder(path: Path) -> bool:
+    names = _config(path).get("architectures") or []
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)

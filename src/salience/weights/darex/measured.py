@@ -1,0 +1,348 @@
+"""Prune or merge directories and measure it on the user's own data: what the commands do, without the printing."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from salience.errors import InputError
+from salience.model.loading import Loaded, load
+from salience.model.shards import TensorStore, rewrite
+from salience.weights.darex.delta_file import load_delta, save_delta
+from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask
+from salience.weights.darex.diagnosis import DeltaStats, Recommendation, recommend
+from salience.weights.darex.directories import Divisor, Pair, check_pair, merge_directories, prune_directory
+from salience.weights.darex.pruner import DeltaPruner
+from salience.weights.darex.rescaling import search
+from salience.weights.evaluation import Comparison, Evaluation, compare
+
+Step = Callable[[str], None]
+
+
+@dataclass
+class Changed:
+    """What was done, how q was chosen, and how it compares.
+
+    Parameters
+    ----------
+    out : str
+    method : str
+    q : float or mapping of str to float or None
+    branch : str
+        How q was chosen, in words.
+    comparison : Comparison or None
+        The result under the name of its method, beside inputs and baselines.
+    against : str
+        The baseline that decides.
+    stats : DeltaStats or None
+    recommendation : Recommendation or None
+    search : list of (float, float)
+        Candidates and their scores, larger is better.
+    notes : list of str
+    """
+
+    out: str
+    method: str
+    q: Divisor | None
+    branch: str
+    comparison: Comparison | None = None
+    against: str = "dare"
+    stats: DeltaStats | None = None
+    recommendation: Recommendation | None = None
+    search: list[tuple[float, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compress_delta(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    evaluation: Evaluation | None,
+    method: Literal["darex", "dare", "magnitude"] = "darex",
+    rate: float = 0.99,
+    rescale: float | str = "auto",
+    selection: str = "auto",
+    exclude: Sequence[str] = HEADS,
+    seed: int = 0,
+    overwrite: bool = False,
+    step: Step = lambda _: None,
+) -> Changed:
+    """Drop most of a delta, choose q on one half of the user's examples and measure on the other.
+
+    Writes a model directory, or with an `out` that ends in ``.safetensors`` the pruned delta alone. Beside the result
+    stand DARE and the largest entries at equal rate, the fine-tuned model, and the base where it has the same tensors.
+
+    Parameters
+    ----------
+    base, tuned, out : path-like
+    evaluation : Evaluation or None
+        Needed by darex unless `rescale` is a number. Of a command the same figure chooses q and measures.
+    method : {"darex", "dare", "magnitude"}
+    rate : float in [0, 1)
+    rescale, selection
+        As in `DeltaPruner`.
+    exclude : sequence of str
+    seed : int
+    overwrite : bool
+    step : callable
+        Told what is done next.
+    """
+    check_rates(rate, None)
+    if method != "darex" and rescale != "auto":
+        raise InputError(f"rescale: belongs to darex; {method} has none to choose")
+    if method == "darex" and isinstance(rescale, str) and evaluation is None:
+        raise InputError("rescale: give data or a command to choose q on, or q itself, or take method 'dare'")
+    step("checking the models")
+    pair = check_pair(base, tuned, exclude=exclude)
+    with _folder(out) as folder:
+        chosen, measured = _parts(evaluation)
+        step("choosing q")
+        result = _chosen(base, tuned, pair, chosen, folder, method, rate, rescale, selection, exclude, seed)
+        result.out, result.stats = os.fspath(out), pair.stats
+        result.recommendation = recommend(
+            pair.stats, can_train=False, has_labels=evaluation is not None, decoder=pair.decoder
+        )
+
+        def pruned(name: str, q: Divisor | None, how: Literal["random", "magnitude"] = "random") -> Path:
+            return prune_directory(base, tuned, folder / name, pair.names, rate=rate, q=q, method=how, seed=seed)
+
+        if measured is not None:
+            step("measuring")
+            models: dict[str, Any] = {"fine-tuned": tuned, method: None, "dare": None, "magnitude": None}
+            models[method] = pruned(method, result.q, "magnitude" if method == "magnitude" else "random")
+            for name in {"dare", "magnitude"} - {method}:
+                models[name] = pruned(name, None, "magnitude" if name == "magnitude" else "random")
+            if _same_names(base, tuned):
+                models["base"] = base
+            result.comparison = compare(measured, models)
+            result.against = "magnitude" if method == "dare" else "dare"
+        step("writing")
+        if Path(out).suffix == ".safetensors":
+            _write_delta(base, tuned, Path(out), pair, method, rate, result.q, exclude, seed, overwrite)
+        else:
+            how: Literal["random", "magnitude"] = "magnitude" if method == "magnitude" else "random"
+            prune_directory(
+                base, tuned, out, pair.names, rate=rate, q=result.q, method=how, seed=seed, overwrite=overwrite
+            )
+    return result
+
+
+def merge_deltas(
+    models: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    *,
+    evaluation: Evaluation | None,
+    base: str | os.PathLike | None = None,
+    method: Literal["linear", "task", "dare", "darex"] = "linear",
+    weights: Sequence[float] | None = None,
+    rate: float = 0.9,
+    q: float | None = None,
+    exclude: Sequence[str] = HEADS,
+    seed: int = 0,
+    overwrite: bool = False,
+    step: Step = lambda _: None,
+) -> Changed:
+    """Put several models, or delta files, into one; measured beside each of them and the plain mean.
+
+    Parameters
+    ----------
+    models : sequence of path-like
+        Directories, or delta files that `compress_delta` wrote.
+    out, base, method, weights, rate, exclude, seed, overwrite
+        As in `merge_directories`.
+    evaluation : Evaluation or None
+    q : float, optional
+        Of darex; chosen on one half of the examples if left out.
+    step : callable
+        Told what is done next.
+    """
+    with _folder(out) as folder:
+        directories = [
+            _restored(model, base, folder / f"model {number}") if Path(model).is_file() else Path(model)
+            for number, model in enumerate(models)
+        ]
+        chosen, measured = _parts(evaluation)
+        tried: list[tuple[float, float]] = []
+        branch = f"{method}: q as given" if q is not None else f"{method}: no q to choose"
+
+        def merged(to: Path, how: str, divisor: float | None, replaced: bool = False) -> Path:
+            return merge_directories(
+                directories, to, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
+                weights=weights, rate=rate, q=divisor, exclude=exclude, seed=seed, overwrite=replaced,
+            )  # fmt: skip
+
+        if method == "darex" and q is None:
+            if chosen is None:
+                raise InputError("q: give data or a command to choose it on, or q itself, or take method 'dare'")
+            step("choosing q")
+            sign = 1 if chosen.higher_is_better else -1
+
+            def judge(candidate: float) -> float:
+                return sign * float(chosen.score(merged(folder / "candidate", "darex", candidate, True)).mean())
+
+            found = search(judge, 1 - rate, 1.0, min(0.2, 5 * (1 - rate)))
+            q, tried, branch = found.best, found.trials, f"darex: one q for all layers by validation: {found.best:g}"
+        result = Changed(os.fspath(out), method, q, branch, search=tried)
+        result.against = "dare" if method == "darex" else "mean"
+        if measured is not None:
+            step("measuring")
+            shown: dict[str, Any] = {method: merged(folder / "merged", method, q)}
+            if method != "linear":
+                shown["mean"] = merged(folder / "mean", "linear", None)
+            if method == "darex":
+                shown["dare"] = merged(folder / "dare", "dare", None)
+            for number, directory in enumerate(directories):
+                shown[f"model {number + 1}"] = directory
+            result.comparison = compare(measured, shown)
+            if method == "linear":
+                scores = {name: float(values.mean()) for name, values in result.comparison.scores.items()}
+                rest = [name for name in scores if name != method]
+                result.against = (max if measured.higher_is_better else min)(rest, key=lambda name: scores[name])
+        step("writing")
+        merged(Path(out), method, q, overwrite)
+    return result
+
+
+def _parts(evaluation: Evaluation | None) -> tuple[Evaluation | None, Evaluation | None]:
+    """What chooses and what measures: two halves of data, the same command twice."""
+    if evaluation is None or evaluation.kind == "command":
+        return evaluation, evaluation
+    return replace_half(evaluation, 0), replace_half(evaluation, 1)
+
+
+def replace_half(evaluation: Evaluation, half: Literal[0, 1]) -> Evaluation:
+    """The same evaluation on every other example."""
+    return replace(evaluation, half=half)
+
+
+def _chosen(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    pair: Pair,
+    evaluation: Evaluation | None,
+    folder: Path,
+    method: str,
+    rate: float,
+    rescale: float | str,
+    selection: str,
+    exclude: Sequence[str],
+    seed: int,
+) -> Changed:
+    result = Changed("", method, None, f"{method}: no q to choose")
+    if method != "darex":
+        return result
+    if not isinstance(rescale, str):
+        result.q, result.branch = check_rates(rate, float(rescale)), "darex: q as given"
+        return result
+    assert evaluation is not None
+    sign = 1 if evaluation.higher_is_better else -1
+    if evaluation.kind == "command":
+        if rescale not in ("auto", "global"):
+            raise InputError(f"rescale: {rescale!r} looks at activations, which a command does not have; take 'global'")
+
+        def judge(q: float) -> float:
+            to = folder / "candidate"
+            prune_directory(base, tuned, to, pair.names, rate=rate, q=q, seed=seed + 1, overwrite=True)
+            return sign * float(evaluation.score(to).mean())
+
+        found = search(judge, 1 - rate, 1.0, min(0.05, 5 * (1 - rate)))
+        result.q, result.search = found.best, found.trials
+        result.branch = f"darex: one q for all layers by the command: {found.best:g}"
+        result.notes.append("the same command chose q and measured it, on other masks: its figure flatters somewhat")
+        return result
+    before, after = load(base), load(tuned)
+    if set(pair.names) - {name for name, _ in after.model.named_parameters(remove_duplicate=False)}:
+        rescale = "global"
+        result.notes.append("the model stores its tensors under other names than it loads them: one q for all layers")
+    inputs = evaluation.inputs(after)
+    way: Any = rescale
+    pruner = DeltaPruner(rate=rate, rescale=way, selection=selection, exclude=exclude, random_state=seed)
+    pruner.fit(
+        before.model,
+        after.model,
+        score=lambda model: sign * float(evaluation.score(Loaded(model, after.processor)).mean()),
+        batches=inputs,
+    )
+    result.q, result.search, result.branch = pruner.q_, pruner.search_, pruner.branch_
+    return result
+
+
+def _write_delta(
+    base: str | os.PathLike,
+    tuned: str | os.PathLike,
+    out: Path,
+    pair: Pair,
+    method: str,
+    rate: float,
+    q: Divisor | None,
+    exclude: Sequence[str],
+    seed: int,
+    overwrite: bool,
+) -> None:
+    from salience.io import Output
+
+    deltas, whole = {}, {}
+    with TensorStore(base) as before, TensorStore(tuned) as after:
+        for name, entry in after.entries.items():
+            if name not in pair.names:
+                tensor = after.read(name)
+                if name not in before.entries or not torch.equal(tensor, before.read(name)):
+                    whole[name] = tensor
+                continue
+            if before.entries[name].shape != entry.shape:
+                raise InputError(f"out: the vocabulary has grown ({name!r}); write a directory instead of a delta file")
+            delta = after.read(name).float() - before.read(name).float()
+            deltas[name] = _thin(delta, name, method, rate, q, seed).to_sparse()
+    record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": q, "seed": seed}
+    with Output(out, overwrite) as output:
+        save_delta(output.file(), deltas, whole=whole, record=record)
+        output.commit({"command": "compress delta", **record})
+
+
+def _thin(delta: Tensor, name: str, method: str, rate: float, q: Divisor | None, seed: int) -> Tensor:
+    if method == "magnitude":
+        return importance_delta(delta, rate)
+    divisor = q[name] if isinstance(q, Mapping) else 1 - rate if q is None else q
+    return delta.where(keep_mask(seed, name, delta.shape, 1 - rate), 0) / divisor
+
+
+def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path) -> Path:
+    """The model directory that a delta file stands for."""
+    if base is None:
+        raise InputError(f"base: is needed by the delta file {os.fspath(file)}")
+    deltas, whole, _ = load_delta(file)
+    with TensorStore(base) as store:
+        stray = sorted((deltas.keys() | whole.keys()) - store.entries.keys())
+    if stray:
+        raise InputError(f"{os.fspath(file)}: belongs to another base; {os.fspath(base)} has no tensor {stray[0]!r}")
+
+    def add(name: str, tensor: Tensor) -> Tensor:
+        if name in whole:
+            return whole[name]
+        return tensor.float() + deltas[name].to_dense() if name in deltas else tensor
+
+    return rewrite(base, out, add)
+
+
+def _same_names(base: str | os.PathLike, tuned: str | os.PathLike) -> bool:
+    with TensorStore(base) as one, TensorStore(tuned) as two:
+        return {n: e.shape for n, e in one.entries.items()} == {n: e.shape for n, e in two.entries.items()}
+
+
+@contextmanager
+def _folder(out: str | os.PathLike):
+    """A folder for models that are only measured, beside the output: the system's own may be small."""
+    parent = Path(out).resolve().parent
+    if not parent.is_dir():
+        raise InputError(f"out: folder {parent} does not exist")
+    with tempfile.TemporaryDirectory(prefix=".salience-", dir=parent) as name:
+        yield Path(name)

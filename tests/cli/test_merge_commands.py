@@ -1,0 +1,241 @@
+"""`compress delta`, `merge delta`, `merge permute`: what they print, write, refuse and leave behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_model
+
+from salience.cli import main
+from salience.model import load
+from tiny import VOCABULARY, build, directory_hash, plain
+
+
+def salience(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["salience", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    return int(stopped.value.code or 0), printed.out, printed.err
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    return lambda *arguments: salience(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCABULARY - 1)} | {"[UNK]": VOCABULARY - 1}
+    fast = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="[UNK]")
+
+
+@pytest.fixture
+def models(tmp_path, tokenizer) -> Path:
+    """A base and two fine-tuned GPT-2s that know a little, and text like what they were tuned on."""
+    rng = np.random.default_rng(0)
+    texts = [" ".join(f"w{(start + i) % 40}" for i in range(20)) for start in rng.integers(0, 40, 40)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, steps in (("base", 0), ("one", 30), ("two", 25)):
+        model = build("gpt2").train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        ids = torch.tensor([tokenizer(text)["input_ids"] for text in texts[:16]])
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        model.eval().save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_compress_delta_measures_itself_and_prints_that_first(run, models):
+    before = {name: directory_hash(models / name) for name in ("base", "one")}
+    code, out, err = run(
+        "compress", "delta", models / "base", models / "one", "--rate", "0.5", "--rescale", "global",
+        "--evaluate", models / "text.jsonl", "-o", models / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    first = out.splitlines()[0]
+    assert first.startswith("Darex is ") and "dare here: bits per token" in first and "95 % interval" in first
+    for name in ("fine-tuned", "darex", "dare", "magnitude", "base"):
+        assert any(line.startswith(name) for line in out.splitlines()), name
+    assert "darex: one q for all layers by validation" in out
+    assert {name: directory_hash(models / name) for name in before} == before
+    pruned, one, base = (load(models / name).model for name in ("out", "one", "base"))
+    name = "transformer.h.1.mlp.c_fc.weight"
+    same = (pruned.get_parameter(name) == base.get_parameter(name)).double().mean()
+    assert 0.45 < same < 0.55 and torch.equal(pruned.transformer.wte.weight, one.transformer.wte.weight)
+    page = (models / "out.report.html").read_text()
+    assert "The search" in page and "Recommended" in page
+    assert not [path for path in models.iterdir() if path.name.startswith(".")]
+
+
+def test_compress_delta_to_a_file_and_merge_from_it(run, models):
+    file = models / "delta.safetensors"
+    code, out, err = run(
+        "compress", "delta", models / "base", models / "one", "--rate", "0.9", "--rescale", "0.2", "-o", file, "--json"
+    )
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["measured"] is None and record["q"] == 0.2 and record["branch"] == "darex: q as given"
+    run("compress", "delta", models / "base", models / "one", "--rate", "0.9", "--rescale", "0.2", "-o", models / "dir")
+    code, out, err = run(
+        "merge", "delta", file, file, "--base", models / "base", "--method", "task", "-o", models / "merged"
+    )
+    assert code == 0, err
+    expected, merged = load(models / "dir").model, load(models / "merged").model
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, msg=name)
+
+
+@pytest.mark.parametrize("options", [["--method", "dare"], ["--method", "magnitude"], ["--selection", "output"]])
+def test_other_methods_of_compress_delta(run, models, options):
+    code, out, err = run(
+        "compress", "delta", models / "base", models / "one", "--rate", "0.5", "--evaluate", models / "text.jsonl",
+        "-o", models / "out", *options, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    measured = json.loads(out)["measured"]
+    assert measured["examples"] == 20 and {"dare", "magnitude", "fine-tuned", "base"} <= set(measured["means"])
+
+
+def test_a_command_chooses_and_measures(run, models):
+    score = models / "score.py"
+    score.write_text(
+        "import sys\nimport numpy\nfrom safetensors.numpy import load_file\n"
+        "w = load_file(sys.argv[1] + '/model.safetensors')['transformer.h.0.mlp.c_fc.weight']\n"
+        "print('norm', float(numpy.abs(w).sum()))\n"
+    )
+    code, out, err = run(
+        "compress", "delta", models / "base", models / "one", "--rate", "0.5", "--lower-is-better",
+        "--evaluate-command", f"{sys.executable} {score} {{model}}", "-o", models / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "by the command" in out and "flatters" in err and "figure of the command" in out
+
+
+def test_merge_delta_measures_each_model_and_the_mean(run, models):
+    code, out, err = run(
+        "merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "darex", "--rate",
+        "0.5", "--evaluate", models / "text.jsonl", "-o", models / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("Darex is ")
+    for name in ("darex", "mean", "dare", "model 1", "model 2"):
+        assert any(line.startswith(name) for line in out.splitlines()), name
+    load(models / "out")
+    code, out, err = run("merge", "delta", models / "one", models / "two", "-o", models / "plain")
+    assert code == 0 and out.startswith("Not measured")
+
+
+@pytest.fixture
+def networks(tmp_path) -> Path:
+    """Two small CNNs as files, the second the first with its units in another order and a little noise; pictures."""
+    from PIL import Image
+
+    from salience.weights import apply_permutation, infer_spec
+
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    model = build("plain")
+    spec = infer_spec(model, torch.randn(2, 3, 16, 16))
+    save_model(model, tmp_path / "a.safetensors")
+    draw = torch.Generator().manual_seed(1)
+    for name in "bc":
+        orders = {each: torch.randperm(size, generator=draw) for each, size in spec.sizes.items()}
+        other = plain()
+        other.load_state_dict(apply_permutation(spec, orders, model.state_dict()))
+        save_model(other, tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("options", [[], ["--method", "activations"], ["--mode", "mean"]])
+def test_merge_permute_puts_shuffled_networks_back(run, networks, options):
+    files = [networks / f"{name}.safetensors" for name in "abc"]
+    code, out, err = run(
+        "merge", "permute", *files, "--arch", "tiny:plain", "--evaluate", networks / "pictures", "-o",
+        networks / "m.safetensors", *options,
+    )  # fmt: skip
+    assert code == 0, err
+    assert out.startswith("Permuted mean is ") and "plain mean" in out
+    merged = load(networks / "m.safetensors", arch="tiny:plain").model
+    for name, parameter in build("plain").named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter, msg=name)
+
+
+def test_merge_permute_without_data_and_with_directories(run, networks, tmp_path):
+    code, out, err = run(
+        "merge", "permute", networks / "a.safetensors", networks / "b.safetensors", "--arch", "tiny:plain",
+        "--input-shape", "3,16,16", "-o", networks / "m.safetensors", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["measured"] is None and record["R(0.3) after"] == pytest.approx(1, abs=1e-5)
+    assert any("batch normalisation" in note for note in record["notes"])
+    for seed, name in enumerate(("one", "two")):
+        model = build("vit")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        model.save_pretrained(tmp_path / name)
+    code, out, err = run(
+        "merge", "permute", tmp_path / "one", tmp_path / "two", "--evaluate", networks / "pictures", "-o",
+        tmp_path / "both",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "The line between" in (tmp_path / "both.report.html").read_text()
+    load(tmp_path / "both")
+
+
+def test_what_is_refused(run, models, networks, tmp_path):
+    pair = ["compress", "delta", models / "base", models / "one"]
+    for arguments, code, words in (
+        ([*pair, "-o", models / "one"], 2, "exists"),
+        ([*pair, "-o", models / "no" / "out"], 2, "does not exist"),
+        ([*pair, "-o", models / "x"], 2, "give data or a command"),
+        ([*pair, "-o", models / "x", "--method", "dare", "--rescale", "0.5"], 2, "belong to --method darex"),
+        ([*pair, "-o", models / "x", "--rescale", "many"], 2, "--rescale"),
+        ([*pair, "-o", models / "x", "--rate", "1", "--rescale", "1"], 2, "p: got"),
+        ([*pair, "-o", models / "x", "--rescale", "1", "--lower-is-better"], 2, "goes with"),
+        ([*pair, "-o", models / "x", "--evaluate", models / "none.txt"], 2, "not there"),
+        ([*pair, "-o", models / "x", "--report", "page.txt", "--rescale", "1"], 2, "--report"),
+        (["merge", "delta", models / "one", "-o", models / "x"], 2, "two or more"),
+        (["merge", "delta", models / "one", models / "two", "-o", models / "x", "--rate", "0.5"], 2, "--rate"),
+        (["merge", "delta", models / "one", models / "two", "-o", models / "x", "--weights", "a"], 2, "--weights"),
+        (["merge", "delta", models / "one", models / "two", "-o", models / "x", "--method", "dare"], 2, "base"),
+        (["merge", "permute", networks / "a.safetensors", networks / "b.safetensors", "--arch", "tiny:plain", "-o",
+          networks / "x.safetensors"], 2, "wired"),
+        (["merge", "permute", models / "one", models / "base", "-o", models / "x", "--method", "activations",
+          "--mode", "mean"], 2, "--mode"),
+    ):  # fmt: skip
+        got, _, err = run(*arguments)
+        assert got == code and words in err and "Traceback" not in err, (arguments, err)
+    build("llama").save_pretrained(tmp_path / "llama")
+    got, _, err = run("compress", "delta", tmp_path / "llama", models / "one", "--rescale", "1", "-o", models / "x")
+    assert got == 3 and "architecture" in err
+    assert not (models / "x").exists() and not [path for path in models.iterdir() if path.name.startswith(".")]
+
+
+def test_overwrite_replaces(run, models):
+    command = ["merge", "delta", models / "one", models / "two", "-o", models / "out"]
+    assert run(*command)[0] == 0
+    assert run(*command)[0] == 2
+    assert run(*command, "--overwrite", "--weights", "0,1")[0] == 0
+    merged, two = load(models / "out").model, load(models / "two").model
+    for name, parameter in two.named_parameters():
+        torch.testing.assert_close(merged.get_parameter(name), parameter)

@@ -1,0 +1,332 @@
+"""Pruning and merging of model directories: closed forms, guards, families, and a peer's figures."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from salience.errors import DataError, InputError
+from salience.model import load, logits_of, run
+from salience.weights import DeltaPruner, check_pair, merge_directories, prune_directory
+from salience.weights.darex.deltas import keep_mask
+from tiny import FAMILIES, build, directory_hash, example, save
+
+MERGED = ["llama", "qwen2", "gpt2", "vit", "resnet"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fast = Tokenizer(models.WordLevel({"a": 0, "b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="[UNK]")
+
+
+def write(family, path, seed=None, tokenizer=None, shard_size="50GB", dtype=torch.float32):
+    """The tiny model, with `seed` fine-tuned at random."""
+    model = build(family)
+    if seed is not None:
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=draw))
+    model.to(dtype).save_pretrained(path, max_shard_size=shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return model
+
+
+def stored(path):
+    tensors = {}
+    for file in path.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+@pytest.mark.parametrize("family", MERGED)
+def test_families_load_after_pruning_and_merging(family, shard_size, tmp_path, tokenizer):
+    words = None if family in ("vit", "resnet") else tokenizer
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write(family, tmp_path / name, seed, words, shard_size)
+    hashes = {name: directory_hash(tmp_path / name) for name in ("base", "one", "two")}
+    pair = check_pair(tmp_path / "base", tmp_path / "one")
+    prune_directory(tmp_path / "base", tmp_path / "one", tmp_path / "pruned", pair.names, rate=0.9)
+    both = [tmp_path / "one", tmp_path / "two"]
+    merge_directories(both, tmp_path / "linear")
+    merge_directories(both, tmp_path / "darex", base=tmp_path / "base", method="darex", q=0.3)
+    for name in ("pruned", "linear", "darex"):
+        cls = type(build(family))
+        model, info = cls.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+        assert torch.isfinite(logits_of(run(model.eval(), example(family)))).all()
+        if family in ("qwen2", "gpt2"):
+            assert model.lm_head.weight is model.get_input_embeddings().weight
+        assert {f.name for f in (tmp_path / name).iterdir()} == {f.name for f in (tmp_path / "one").iterdir()}
+    assert {name: directory_hash(tmp_path / name) for name in hashes} == hashes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # a ViT is stored under other names than it has in memory
+def test_a_directory_is_pruned_as_a_model_in_memory(family, tmp_path):
+    base, tuned = write(family, tmp_path / "base"), write(family, tmp_path / "tuned", 1)
+    pair = check_pair(tmp_path / "base", tmp_path / "tuned")
+    pruner = DeltaPruner(rate=0.8, rescale=0.5, random_state=4).fit(base, tuned)
+    assert set(pair.names) == set(pruner.names_)
+    assert pair.stats.std == pytest.approx(pruner.delta_stats_.std, rel=1e-5)
+    prune_directory(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "out", pair.names, rate=0.8, q=0.5, seed=pruner._final_seed
+    )
+    expected, out = pruner.apply(), load(tmp_path / "out").model
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(out.get_parameter(name), parameter, msg=name)
+
+
+def test_merges_are_their_closed_forms(tmp_path):
+    models = {name: write("llama", tmp_path / name, seed) for name, seed in (("base", None), ("one", 1), ("two", 2))}
+    base, one, two = (models[name].state_dict() for name in ("base", "one", "two"))
+    both = [tmp_path / "one", tmp_path / "two"]
+
+    def merged(**options):
+        merge_directories(both, tmp_path / "out", overwrite=True, **options)
+        return stored(tmp_path / "out")
+
+    linear, weighted = merged(), merged(weights=[3, 1])
+    task = merged(base=tmp_path / "base", method="task", weights=[0.7, 0.9])
+    dare = merged(base=tmp_path / "base", method="dare", rate=0.6, weights=[1, 1], seed=8)
+    for name, b in base.items():
+        torch.testing.assert_close(linear[name], (one[name] + two[name]) / 2, msg=name)
+        torch.testing.assert_close(weighted[name], (3 * one[name] + two[name]) / 4, msg=name)
+        torch.testing.assert_close(task[name], b + 0.7 * (one[name] - b) + 0.9 * (two[name] - b), msg=name)
+        if ".self_attn." in name or ".mlp." in name:
+            first, second = (keep_mask(seed, name, b.shape, 0.4) for seed in (8, 9))
+            expected = b + (first * (one[name] - b) + second * (two[name] - b)) / 0.4
+        else:
+            expected = one[name] + two[name] - b
+        torch.testing.assert_close(dare[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_darex_with_all_kept_is_task_arithmetic(tmp_path):
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("gpt2", tmp_path / name, seed)
+    both, base = [tmp_path / "one", tmp_path / "two"], tmp_path / "base"
+    merge_directories(both, tmp_path / "task", base=base, method="task")
+    merge_directories(both, tmp_path / "darex", base=base, method="darex", rate=0.0, q=1.0)
+    for (name, a), b in zip(stored(tmp_path / "task").items(), stored(tmp_path / "darex").values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_half_precision_is_summed_in_float32_and_stays_half(tmp_path):
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("llama", tmp_path / name, seed, dtype=torch.bfloat16)
+    merge_directories([tmp_path / "one", tmp_path / "two"], tmp_path / "out", base=tmp_path / "base", method="task")
+    base, one, two = (stored(tmp_path / name) for name in ("base", "one", "two"))
+    for name, out in stored(tmp_path / "out").items():
+        b = base[name].float()
+        expected = b + 0.5 * (one[name].float() - b) + 0.5 * (two[name].float() - b)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out.float(), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_magnitude_keeps_the_largest_share_of_each_tensor(tmp_path):
+    base, tuned = write("llama", tmp_path / "base"), write("llama", tmp_path / "tuned", 1)
+    pair = check_pair(tmp_path / "base", tmp_path / "tuned")
+    prune_directory(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", pair.names, rate=0.9, method="magnitude")
+    out = stored(tmp_path / "out")
+    for name in pair.names:
+        delta = tuned.get_parameter(name) - base.get_parameter(name)
+        kept = out[name] != base.get_parameter(name)
+        assert abs(int(kept.sum()) - 0.1 * delta.numel()) <= 1
+        assert delta[kept].abs().min() >= delta[~kept].abs().max()
+
+
+def test_running_statistics_are_averaged_and_counters_kept(tmp_path):
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("resnet", tmp_path / name, seed)
+        tensors = stored(tmp_path / name)
+        for key in tensors:
+            if key.endswith("running_var"):
+                tensors[key] += seed or 0
+            if key.endswith("num_batches_tracked"):
+                tensors[key] += seed or 0
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    merge_directories(
+        [tmp_path / "one", tmp_path / "two"], tmp_path / "out", base=tmp_path / "base", method="dare", rate=0.9,
+        weights=[1, 1],
+    )  # fmt: skip
+    one, out = stored(tmp_path / "one"), stored(tmp_path / "out")
+    for name, value in out.items():
+        if name.endswith("running_var"):
+            torch.testing.assert_close(value, one[name] + 0.5)
+        if name.endswith("num_batches_tracked"):
+            assert value == one[name]
+
+
+def change_config(path, **changes):
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def rename(path):
+    tensors = stored(path)
+    tensors["model.layers.0.mlp.other.weight"] = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def reshape(path):
+    tensors = stored(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def other_words(path):
+    file = path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"] = {"b": 0, "a": 1, "[UNK]": 2}
+    file.write_text(json.dumps(content))
+
+
+def quantise(path):
+    tensors = stored(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (rename, "has no tensor"),
+        (reshape, r"has shape .*\(4[78], 32\)"),
+        (other_words, "different tokenizers"),
+        (lambda path: change_config(path, vocab_size=321), "vocabulary"),
+        (lambda path: change_config(path, model_type="mistral"), "architecture"),
+        (quantise, "dequantise"),
+    ],
+)
+@pytest.mark.parametrize("method", ["linear", "dare"])
+def test_pairs_that_differ_in_one_respect_are_refused_before_anything_is_written(
+    change, match, method, tmp_path, tokenizer
+):
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("llama", tmp_path / name, seed, tokenizer)
+    change(tmp_path / "two")
+    options = {} if method == "linear" else {"base": tmp_path / "base", "method": method}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(DataError, match=match):
+        merge_directories([tmp_path / "one", tmp_path / "two"], tmp_path / "out", **options)
+    with pytest.raises(DataError, match=match):
+        check_pair(tmp_path / "two", tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_base_of_another_kind_is_refused(tmp_path):
+    write("llama", tmp_path / "one", 1)
+    write("llama", tmp_path / "two", 2)
+    write("gpt2", tmp_path / "base")
+    with pytest.raises(DataError, match="architecture"):
+        merge_directories([tmp_path / "one", tmp_path / "two"], tmp_path / "out", base=tmp_path / "base", method="task")
+
+
+def test_results_that_are_not_finite_are_refused_with_the_tensor(tmp_path):
+    write("llama", tmp_path / "one", 1)
+    write("llama", tmp_path / "two", 2)
+    tensors = stored(tmp_path / "two")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = math.inf
+    save_file(tensors, tmp_path / "two" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj"):
+        merge_directories([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    with pytest.raises(DataError, match=r"layers\.1\.mlp\.up_proj"):
+        check_pair(tmp_path / "one", tmp_path / "two")
+    assert not (tmp_path / "out").exists()
+
+
+def test_grown_vocabularies_keep_their_new_rows(tmp_path):
+    write("vit", tmp_path / "base")
+    with pytest.raises(DataError, match="shape"):
+        tensors = stored(tmp_path / "base")
+        name = next(name for name in tensors if tensors[name].ndim == 2 and "classifier" not in name)
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+        shutil.copytree(tmp_path / "base", tmp_path / "wide")
+        save_file(tensors, tmp_path / "wide" / "model.safetensors", {"format": "pt"})
+        check_pair(tmp_path / "base", tmp_path / "wide")  # not a vocabulary
+    from transformers import BertConfig, BertModel
+
+    def bert(size):
+        torch.manual_seed(0)
+        settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        return BertModel(BertConfig(vocab_size=size, **settings))
+
+    base, tuned = bert(20), bert(23)
+    base.save_pretrained(tmp_path / "small")
+    tuned.save_pretrained(tmp_path / "large")
+    pair = check_pair(tmp_path / "small", tmp_path / "large")
+    prune_directory(tmp_path / "small", tmp_path / "large", tmp_path / "out", pair.names, rate=0.99)
+    words = stored(tmp_path / "out")["embeddings.word_embeddings.weight"]
+    assert torch.equal(words[20:], tuned.embeddings.word_embeddings.weight[20:])
+    kept = (words[:20] != base.embeddings.word_embeddings.weight).double().mean()
+    assert 0 < kept < 0.06
+    prune_directory(tmp_path / "small", tmp_path / "large", tmp_path / "top", pair.names, rate=0.99, method="magnitude")
+    words = stored(tmp_path / "top")["embeddings.word_embeddings.weight"]
+    assert torch.equal(words[20:], tuned.embeddings.word_embeddings.weight[20:])
+    with pytest.raises(DataError, match="vocabulary"):
+        merge_directories([tmp_path / "small", tmp_path / "large"], tmp_path / "merged")
+
+
+def test_options(tmp_path):
+    for name, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("gpt2", tmp_path / name, seed)
+    both, base = [tmp_path / "one", tmp_path / "two"], tmp_path / "base"
+    for arguments, match in (
+        ({"models": both[:1]}, "two or more"),
+        ({"models": both, "weights": [1.0]}, "weights"),
+        ({"models": both, "weights": [1.0, math.nan]}, "weights"),
+        ({"models": both, "weights": [1.0, -1.0]}, "zero"),
+        ({"models": both, "method": "task"}, "base"),
+        ({"models": both, "base": base}, "base"),
+        ({"models": both, "base": base, "method": "darex"}, "q: is needed"),
+        ({"models": both, "base": base, "method": "dare", "rate": 1.0}, "p: got"),
+    ):
+        with pytest.raises(InputError, match=match):
+            merge_directories(out=tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(MERGED)))
+def test_other_families_merge_too(family, tmp_path):
+    model = write(family, tmp_path / "one", 1)
+    write(family, tmp_path / "two", 1)
+    merge_directories([tmp_path / "one", tmp_path / "two"], tmp_path / "out")
+    out = load(tmp_path / "out").model
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(out.get_parameter(name), parameter, msg=name)
+
+
+def test_the_result_does_not_depend_on_the_shards(tmp_path):
+    for size, name in (("50GB", "whole"), ("20KB", "cut")):
+        for each, seed in (("base", None), ("one", 1), ("two", 2)):
+            write("llama", tmp_path / name / each, seed, shard_size=size)
+        both = [tmp_path / name / "one", tmp_path / name / "two"]
+        merge_directories(both, tmp_path / name / "out", base=tmp_path / name / "base", method="dare", seed=3)
+    whole, cut = stored(tmp_path / "whole" / "out"), stored(tmp_path / "cut" / "out")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert len(list((tmp_path / "cut" / "out").glob("*.safetensors"))) > 1
+
+
+def test_the_tuned_model_is_left_alone(tmp_path):
+    model = build("llama")
+    before = copy.deepcopy(model.state_dict())
+    write("llama", tmp_path / "tuned", 1)
+    save("llama", tmp_path / "base")
+    pair = check_pair(tmp_path / "base", tmp_path / "tuned")
+    with pytest.raises(InputError, match="exists"):
+        prune_directory(tmp_path / "base", tmp_path / "tuned", tmp_path / "base", pair.names, rate=0.5)
+    for name, value in stored(tmp_path / "base").items():
+        assert torch.equal(value, before[name])
