@@ -397,3 +397,10 @@ def test_the_groups_are_those_of_torch_pruning() -> None:
     importance = peer.importance.MagnitudeImportance(p=1)
     peer.pruner.MetaPruner(theirs, x, importance, pruning_ratio=0.5, ignored_layers=[theirs.fc]).step()
     assert {n: v.shape for n, v in ours.state_dict().items()} == {n: v.shape for n, v in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.07, 93), (0.55, 45), (1 - 0.7, 70)])
+def test_ratios_are_not_rounded_up_by_float_noise(ratio: float, left: int) -> None:
+    net = mlp(3, 100, 2)
+    merged = iterative_feature_merging(net, example=torch.ones(1, 3).double(), beta=math.inf, max_ratio=ratio)
+    assert merged.widths == {"0": (100, left)}

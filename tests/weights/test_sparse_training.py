@@ -263,8 +263,11 @@ def test_several_groups_frozen_parts_and_hooks_that_come_off() -> None:
                            {"params": net[4].parameters()}], 0.1, momentum=0.9)  # fmt: skip
     net[0].weight.requires_grad_(False)
     sparse = SparseTrainer(net, opt, density=0.3, total_steps=20, update_every=5, generator=generator(), method="rigl")
+    frozen, mask = net[0].weight.detach().clone(), sparse.masks["0.weight"].clone()
     steps(net, opt, 10)
     assert all(not weights(net)[name][~mask].any() for name, mask in sparse.masks.items())
+    # What is not trained is not moved: grown weights of a frozen layer would stay zero for ever.
+    assert torch.equal(net[0].weight, frozen) and torch.equal(sparse.masks["0.weight"], mask)
     sparse.detach()
     steps(net, opt, 2)
     assert weights(net)["2.weight"][~sparse.masks["2.weight"]].any()
@@ -341,6 +344,9 @@ def test_the_callback_trains_saves_and_resumes(tmp_path) -> None:
     assert all(torch.equal(mask, fresh.sparse.masks[name]) for name, mask in sparse.masks.items())
     for one, two in zip(whole.model.parameters(), resumed.model.parameters()):
         assert torch.allclose(one, two, atol=1e-6)
+    elsewhere = trainer(tmp_path / "b", callback())
+    with pytest.raises(DataError, match=r"checkpoint-8 holds no sparsity\.json: new masks would zero trained weights"):
+        elsewhere.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))
     (tmp_path / "a" / "checkpoint-8" / "sparsity.json").write_text("{}")
     with pytest.raises(DataError, match="no readable state"):
         trainer(tmp_path / "a", callback()).train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-8"))

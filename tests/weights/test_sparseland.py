@@ -22,6 +22,7 @@ from salience.weights import (
     apply_masks,
     densities_of,
     finalize,
+    lottery_ticket,
     mask_from_scores,
     measure_latency,
     parametrize_masks,
@@ -470,3 +471,50 @@ def test_the_taxonomy() -> None:
     assert set(taxonomy("lottery")) == {"when", "start", "mask", "allocation", "cost"}
     with pytest.raises(InputError, match="nearest names: 'rigl'"):
         taxonomy("rig")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_of_half_precision_are_taken_in_float32(dtype: torch.dtype) -> None:
+    """In float16 the gradients of GraSP at temperature 200 are all zero, and SNIP's shares of a large model, too."""
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(20, 60), nn.ReLU(), nn.Linear(60, 5)).to(dtype)
+    full = copy.deepcopy(half).float()
+    x, y = torch.randn(30, 20, dtype=dtype), torch.arange(30) % 5
+    for score in (score_snip, score_grasp):
+        expected = score(full, [(x.float(), y)])
+        found = score(half, [(x, y)])
+        assert all(found[name].dtype == torch.float32 for name in found)
+        assert all(torch.allclose(found[name], expected[name]) for name in expected)
+    large = score_wanda(half, [1000 * x])
+    assert all(torch.isfinite(score).all() and score.dtype == torch.float32 for score in large.values())
+    assert half[0].weight.dtype == dtype and half[0].weight.grad is None
+
+
+def test_a_layer_that_does_not_run_is_named() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    with pytest.raises(InputError, match="layer 'idle' did not run"):
+        score_wanda(Idle(), [torch.randn(2, 4)])
+    assert set(score_wanda(Idle(), [torch.randn(2, 4)], exclude=["idle.*"])) == {"used.weight"}
+
+
+@pytest.mark.parametrize("mode", ["uniform", "er", "erk"])
+def test_layers_add_up_to_the_density_exactly(mode: str) -> None:
+    shapes = {f"l{n}": (7 + n, 11 + 3 * n) for n in range(12)}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    for density in (0.02, 0.05, 0.13, 0.5):
+        shares = allocate(shapes, density, mode)
+        masks = random_masks(shares, shapes, torch.Generator().manual_seed(0))
+        assert sum(int(mask.sum()) for mask in masks.values()) == round(density * total)
+        assert all(abs(int(mask.sum()) - shares[name] * mask.numel()) < 1 for name, mask in masks.items())
+
+
+def test_tickets_of_few_weights_end() -> None:
+    ticket = lottery_ticket(lambda: nn.Linear(8, 5), lambda model, masks, on_step: on_step(0), density=0.1, rate=0.05)
+    assert int(ticket.masks["weight"].sum()) == 4 and ticket.trainings <= 36

@@ -155,7 +155,7 @@ def _share(keep: float | None, beta: float | None, method: Method, rule: Rule | 
         raise InputError(f"--method {method.value} needs --keep")
     if keep is not None:
         # Rounding up the channels to go must not let the complement's last digit take one more.
-        return float("inf"), round(1 - keep, 12)
+        return float("inf"), 1 - keep
     if beta is not None and not 0 <= beta < 1:
         raise InputError(f"--beta must lie in 0..1, 1 not included, not {beta}")
     return 0.1 if beta is None else beta, 1.0

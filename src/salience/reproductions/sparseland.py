@@ -129,7 +129,7 @@ def reproduce(run: Run) -> Outcome:
         for name, method in {"SET": "set", "RigL": "rigl", "GMP": "gmp"}.items():
             model = bench.fresh()
             table[density][name], sparse = bench.sparse(model, density, method)
-            off.append(_off(sparse.masks, density, spread=method != "gmp"))
+            off.append(_off(sparse.masks, density))
             report = sparse.report(bench.x[:1])
             explored[f"explored by {name}, {_percent(density)}"] = float(report.explored or 0)
             costs[f"training cost of {name}, {_percent(density)}"] = float(
@@ -214,7 +214,7 @@ def before_training(bench: Bench, density: float, off: list[int]) -> dict[str, f
     }
     # SNIP's densities without its choice of weights: what is left is allocation.
     chosen["SNIP shuffled"] = shuffle_masks(chosen["SNIP"], bench.run.generator("shuffle"))
-    off += [_off(masks, density, spread=name.startswith("random")) for name, masks in chosen.items()]
+    off += [_off(masks, density) for name, masks in chosen.items()]
     return {name: bench.sparse(bench.fresh(), density, masks=masks)[0] for name, masks in chosen.items()}
 
 
@@ -249,11 +249,10 @@ def _percent(density: float) -> str:
     return f"{100 * density:g} %"
 
 
-def _off(masks: Mapping[str, Tensor], density: float, spread: bool = False) -> int:
-    """Weights more or fewer than asked for; counts rounded layer by layer may differ by one for two layers."""
+def _off(masks: Mapping[str, Tensor], density: float) -> int:
+    """Weights more or fewer than asked for."""
     total = sum(mask.numel() for mask in masks.values())
-    wrong = abs(sum(int(mask.sum()) for mask in masks.values()) - round(density * total))
-    return max(0, wrong - (len(masks) // 2 if spread else 0))
+    return abs(sum(int(mask.sum()) for mask in masks.values()) - round(density * total))
 
 
 def _picture(table: dict[float, dict[str, float]], tickets: dict[str, float], dense: float, small: float) -> Figure:

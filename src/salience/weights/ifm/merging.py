@@ -247,7 +247,7 @@ class _Merger:
         }
 
     def run(self, beta: float, max_ratio: float, progress: bool) -> list[Merge]:
-        limits = {group.name: min(math.ceil(max_ratio * group.width), group.width - 1) for group in self.groups}
+        limits = {group.name: min(math.ceil(max_ratio * group.width - 1e-9), group.width - 1) for group in self.groups}
         for group in self.groups:
             self._drop_unread(group, limits)
         merges: list[Merge] = []

@@ -48,7 +48,12 @@ class SparsityCallback(TrainerCallback):
         """Put the hooks on, and take up a checkpoint's masks if the run goes on from one."""
         optimizer = kwargs["optimizer"]
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        saved = read_state(folder) if state.global_step and (folder / f"{_NAME}.json").is_file() else None
+        if state.global_step and not (folder / f"{_NAME}.json").is_file():
+            raise DataError(
+                f"{folder} holds no {_NAME}.json: new masks would zero trained weights. Resume with the output_dir in "
+                "which the checkpoint was written, by a run that had this callback"
+            )
+        saved = read_state(folder) if state.global_step else None
         options = self.options if saved is None else {**self.options, "masks": saved["masks"]}
         self.sparse = SparseTrainer(
             kwargs["model"], getattr(optimizer, "optimizer", optimizer), total_steps=state.max_steps,

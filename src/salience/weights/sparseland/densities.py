@@ -139,6 +139,16 @@ def count_kept(density: float, size: int) -> int:
     return round(density * size)
 
 
+def counts_kept(densities: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Number of weights that each layer keeps: ``d_l N_l`` by largest remainders, so that the total is exact."""
+    wanted = {name: densities[name] * sizes[name] for name in sizes}
+    counts = {name: math.floor(value + 1e-9) for name, value in wanted.items()}
+    left = round(sum(wanted.values())) - sum(counts.values())
+    for name in sorted(wanted, key=lambda name: counts[name] - wanted[name])[:left]:
+        counts[name] += 1
+    return counts
+
+
 def _solve(
     raw: Mapping[str, float], sizes: Mapping[str, int], density: float, fixed: Mapping[str, float]
 ) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from salience.errors import InputError, nearest
-from salience.weights.sparseland.densities import Prunable, allocate, count_kept, prunable
+from salience.weights.sparseland.densities import Prunable, allocate, count_kept, counts_kept, prunable
 from salience.weights.sparseland.scoring import score_synflow
 
 Masks = dict[str, Tensor]
@@ -74,10 +74,8 @@ def mask_from_scores(
         parts = kept.split([unit.numel() for unit in units.values()])
         masks = {name: part.view(units[name].shape) for name, part in zip(units, parts)}
     elif scope == "layer":
-        masks = {
-            name: _largest(unit.flatten(), count_kept(shares[name], unit.numel())).view(unit.shape)
-            for name, unit in units.items()
-        }
+        counts = counts_kept(shares, {name: unit.numel() for name, unit in units.items()})
+        masks = {name: _largest(unit.flatten(), counts[name]).view(unit.shape) for name, unit in units.items()}
     else:
         masks = {name: _rows(unit, shares[name], name in transposed) for name, unit in units.items()}
     masks = {name: mask.expand(scores[name].shape).clone() for name, mask in masks.items()}
@@ -88,7 +86,7 @@ def mask_from_scores(
 def random_masks(
     densities: Mapping[str, float], shapes: Mapping[str, Sequence[int]], generator: torch.Generator
 ) -> Masks:
-    """Random masks with exactly ``round(d_l N_l)`` ones in each layer.
+    """Random masks with ``d_l N_l`` ones in each layer, rounded up or down so that their total is right.
 
     Parameters
     ----------

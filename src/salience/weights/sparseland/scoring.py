@@ -16,6 +16,8 @@ from salience.model.narrowing import input_rows
 from salience.weights.bn_only.layers import batch_norms, norm_layers
 from salience.weights.sparseland.densities import prunable
 
+_HALF = (torch.float16, torch.bfloat16)
+
 WeightScores = dict[str, Tensor]
 Batches = Iterable[tuple[Any, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -89,6 +91,7 @@ def score_snip(
     ----------
     Lee, Ajanthan, Torr, "SNIP", ICLR 2019.
     """
+    model = _wide(model)
     weights = prunable(model, exclude)
     with _differentiable(model, weights) as tensors:
         gradients = _summed(_gradients(model, batches, loss, tensors))
@@ -142,7 +145,7 @@ def score_grasp(
     """
     if not temperature > 0:
         raise InputError(f"temperature: got {temperature!r}; it must be positive")
-    batches = list(batches)
+    batches, model = list(batches), _wide(model)
     weights = prunable(model, exclude)
 
     def tempered(logits: Tensor, targets: Tensor) -> Tensor:
@@ -262,14 +265,17 @@ def score_wanda(model: nn.Module, batches: Iterable[Any], exclude: Sequence[str]
         raise NothingToDo("batches: there are none")
     scores = {}
     for name, entry in weights.items():
-        norms = squares.get(name, torch.zeros(1)).sqrt()
+        if name not in squares:
+            raise InputError(f"model: layer {entry.layer!r} did not run on these batches, so nothing is known of it; "
+                             "exclude it")  # fmt: skip
+        norms = squares[name].sqrt()
         if entry.in_axis == 1 and entry.weight.shape[1] < len(norms):  # a convolution in groups
             norms = norms.view(-1, entry.weight.shape[1])
             norms = norms.repeat_interleave(len(entry.weight) // len(norms), 0)
             shape = (*norms.shape, *[1] * (entry.weight.ndim - 2))
         else:
             shape = tuple(-1 if axis == entry.in_axis else 1 for axis in range(entry.weight.ndim))
-        scores[name] = entry.weight.detach().abs() * norms.view(shape).to(entry.weight.dtype)
+        scores[name] = entry.weight.detach().abs().float() * norms.view(shape).float()
     return scores
 
 
@@ -278,9 +284,23 @@ def _gradients(
 ) -> Iterator[list[Tensor]]:
     with training_mode(model, False), torch.enable_grad():
         for inputs, targets in batches:
-            value = loss(logits_of(run(model, inputs)), targets)
+            value = loss(logits_of(run(model, _wide_inputs(inputs))), targets)
             gradients = torch.autograd.grad(value, tensors, create_graph=create_graph, allow_unused=True)
             yield [torch.zeros_like(w) if g is None else g for g, w in zip(gradients, tensors)]
+
+
+def _wide(model: nn.Module) -> nn.Module:
+    """The model itself, or a copy in float32 of one in half precision, in which small gradients vanish."""
+    half = any(parameter.dtype in _HALF for parameter in model.parameters())
+    return copy.deepcopy(model).float() if half else model
+
+
+def _wide_inputs(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _wide_inputs(value) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_wide_inputs(value) for value in inputs)
+    return inputs.float() if isinstance(inputs, Tensor) and inputs.dtype in _HALF else inputs
 
 
 def _summed(parts: Iterator[list[Tensor]]) -> list[Tensor]:

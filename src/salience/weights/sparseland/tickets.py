@@ -99,7 +99,8 @@ def lottery_ticket(
         ticket.trainings += 1
         if not start:
             raise InputError(f"rewind_step: {rewind_step}, but the training took fewer steps")
-        left = max(count_kept(1 - rate, left), count_kept(density, total))
+        # At least one goes in a round, however few are left.
+        left = max(min(count_kept(1 - rate, left), left - 1), count_kept(density, total))
         sizes = {name: e.weight.detach().abs().masked_fill(~masks[name], -1) for name, e in prunable(model).items()}
         flat = _largest(torch.cat([size.flatten() for size in sizes.values()]), left)
         parts = flat.split([size.numel() for size in sizes.values()])

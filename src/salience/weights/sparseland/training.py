@@ -133,6 +133,7 @@ class SparseTrainer:
         self._passes = dict.fromkeys(masks, 0.0)  # density of each layer summed over the steps
         self._dense_backwards = 0
         self._gradients: dict[str, Tensor] = {}
+        self._trained: set[str] = set()  # weights that have a gradient at this step
         given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         lacking = [name for name, weight in self._weights.items() if id(weight) not in given]
         if lacking:
@@ -203,6 +204,7 @@ class SparseTrainer:
         return self.method != "static" and at % self.update_every == 0 and at <= self.end
 
     def _before(self, *_: Any) -> None:
+        self._trained = {name for name, weight in self._weights.items() if weight.grad is not None}
         for name, weight in self._weights.items():
             if weight.grad is None:
                 continue
@@ -263,6 +265,8 @@ class SparseTrainer:
         share = self.alpha / 2 * (1 + math.cos(math.pi * self.steps / max(self.end, 1)))
         dropped: dict[str, Tensor] = {}
         for name, weight in self._weights.items():
+            if name not in self._trained:
+                continue  # frozen: nothing tells which of its weights matter, and none grown would be trained
             mask = self.masks[name]
             active = int(mask.sum())
             # k weights go only if k others can come.
@@ -270,7 +274,8 @@ class SparseTrainer:
             kept = _largest(torch.where(mask, weight.abs(), -1.0).flatten(), active - count).view(mask.shape)
             dropped[name] = mask & ~kept
             self.masks[name] = kept
-        room = {name: ~mask if self.regrow else ~mask & ~dropped[name] for name, mask in self.masks.items()}
+        moved = {name: self.masks[name] for name in dropped}
+        room = {name: ~mask if self.regrow else ~mask & ~dropped[name] for name, mask in moved.items()}
         counts = {name: int(gone.sum()) for name, gone in dropped.items()}
         if self.method == "snfs":
             counts = self._redistribute(sum(counts.values()), room)
@@ -291,7 +296,7 @@ class SparseTrainer:
             return torch.rand(weight.shape, generator=self.generator).to(weight.device)
         if self.method == "snfs":
             return self._momentum(name).abs()
-        return self._gradients.get(name, torch.zeros_like(weight)).abs()
+        return self._gradients[name].abs()
 
     def _momentum(self, name: str) -> Tensor:
         state = self.optimizer.state.get(self._weights[name], {})
@@ -305,6 +310,7 @@ class SparseTrainer:
         strength = {
             name: float(self._momentum(name)[mask].abs().double().mean()) if mask.any() else 0.0
             for name, mask in self.masks.items()
+            if name in room
         }
         counts = dict.fromkeys(strength, 0)
         free = {name: int(places.sum()) for name, places in room.items()}
