@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import check_is_fitted
 
 from salience.data import HeuristicClassifier
 from salience.errors import MissingExtra
@@ -17,6 +18,9 @@ from salience.papers import load
 
 RAW = ["the cat sat on the mat and saw a dog"] * 8 + [f"def add{n}(a, b): return a + b" for n in range(8)]
 TARGET = ["def sub(a, b): return a - b", "def mul(a, b): return a * b"]
+
+_RNG = np.random.default_rng(0)
+TABLE = _RNG.integers(0, 9, (60, 4)), _RNG.integers(0, 2, 60)
 
 
 def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -41,6 +45,11 @@ FITS = {
         {"num_buckets": 200},
         lambda model: model.fit(RAW, TARGET),
         lambda model: model.select(RAW, 5),
+    ),
+    "salience.features:OutRankSelector": (
+        {"bins": 4, "batch_rows": 20},
+        lambda model: model.fit(*TABLE),
+        lambda model: check_is_fitted(model) or model.scores_,
     ),
 }
 

@@ -204,6 +204,17 @@ def test_quality_of_a_column_by_hand() -> None:
     assert nothing.summary()["coverage"] == 0 and nothing.summary()["cardinality"] == 0 and not nothing.numeric
 
 
+@pytest.mark.parametrize("values", [[0, 9, 10, 99, 100, -1, -10, 7, 7], [2**62, -(2**63), 2**63 - 1, 5], [3, None, 4]])
+def test_whole_numbers_are_described_as_their_texts_are(values: list[int | None]) -> None:
+    found = []
+    for kind in (pa.int64(), pa.string()):
+        quality = ColumnQuality(("",))
+        for _ in range(2):
+            quality.add(encode("c", pa.chunked_array([pa.array(values).cast(kind)])))
+        found.append(quality.summary())
+    assert found[0] == found[1] and found[0]["cardinality"] == len(set(values) - {None})
+
+
 def test_quality_of_rows_by_hand() -> None:
     table = pa.table({"y": ["a", "b", "a"], "s": ["aab", "x" * 31, ""], "n": [0, 5, 0], "u": ["äöü", None, "ää"]})
     found = row_quality(table, "y", ("",)).to_pylist()

@@ -64,6 +64,7 @@ def test_csv_is_text_as_it_stands(
 
 def test_parquet_and_frames_keep_their_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "BATCH_ROWS", 3)
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 3)
     table = pa.table({"n": [1, None, 3, 4, 5], "x": [0.5, 1.5, None, 2.5, 3.5], "s": ["a", "b", None, "d", "a"]})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
     expected = [tuple(row.values()) for row in table.to_pylist()]

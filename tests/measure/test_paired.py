@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salience.errors import InputError
-from salience.measure import bootstrap_interval, paired, paired_difference
+from salience.measure import bootstrap_interval, difference_over_draws, paired, paired_difference
 
 
 def test_p_value_by_hand():
@@ -115,3 +115,26 @@ def test_bad_input(a, b, options, message):
         paired_difference(a, b, random_state=0, **options)
     with pytest.raises(InputError, match="values must be finite"):
         bootstrap_interval([np.nan], random_state=0)
+
+
+def test_several_draws_widen_the_interval_by_their_spread() -> None:
+    rng = np.random.default_rng(0)
+    a, units = rng.normal(1, 0.1, 200), rng.normal(0, 0.1, 200)
+    alike = difference_over_draws(a, [units, units, units], random_state=0)
+    alone = difference_over_draws(a, [units], random_state=0)
+    assert alike == pytest.approx(alone) == paired_difference(a, units, random_state=0)
+    apart = difference_over_draws(a, [units - 1, units, units + 1], random_state=0)
+    reach = scipy.stats.t.ppf(0.975, 2) * 1 * np.sqrt(1 + 1 / 3)
+    assert apart.mean == pytest.approx(alone.mean)
+    assert apart.high - apart.mean == pytest.approx(np.hypot(alone.high - alone.mean, reach))
+    assert apart.low < 0 < alone.low  # one more draw may well be as good
+    with pytest.raises(InputError, match="draws must be finite"):
+        difference_over_draws(a, [units, np.full(200, np.nan)], random_state=0)
+
+
+def test_one_random_draw_is_rarely_called_better_than_others() -> None:
+    rng, called = np.random.default_rng(1), 0
+    for trial in range(200):
+        draws = rng.normal(size=(11, 1)) + rng.normal(0, 0.01, (11, 40))
+        called += difference_over_draws(draws[0], list(draws[1:]), random_state=trial).low > 0
+    assert called <= 14  # 2.5 % expected; units alone would call about half

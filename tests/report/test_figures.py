@@ -16,7 +16,7 @@ from payloads import ALL
 
 from salience.errors import InputError
 from salience.report import figure, page
-from salience.report.figures import bars, change, curve, heat, histogram
+from salience.report.figures import bars, change, curve, dendrogram, heat, histogram
 from salience.report.images import style
 
 SVG = "data:image/svg+xml;base64,"
@@ -217,6 +217,19 @@ def test_heat_writes_the_cells(ax):
     assert [t.get_color() for t in ax.texts[:2]] == ["white", "black"]
 
 
+def test_dendrogram_names_its_leaves_in_the_order_of_the_tree(ax):
+    tree = np.array([[0, 2, 0.1, 2.0], [1, 3, 0.9, 3.0]])  # first a and c, then b
+    dendrogram(ax, tree, ["a", "b", "c"], xlabel="distance", limit=0.5)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert (set(names[1:]) == {"a", "c"} and names[0] == "b") or names[2] == "b"
+    merges = [line for line in ax.lines if len(line.get_xdata()) == 4]
+    assert sorted(max(line.get_xdata()) for line in merges) == [0.1, 0.9]
+    near, far = sorted(merges, key=lambda line: max(line.get_xdata()))
+    assert near.get_color() == "C0" != far.get_color()
+    places = {name: place for place, name in enumerate(names)}
+    assert {near.get_ydata()[0], near.get_ydata()[-1]} == {places["a"], places["c"]}
+
+
 def test_crowded_heat_has_no_cells_written(ax):
     heat(ax, np.ones((1, 11)), ["a"], list("abcdefghijk"))
     assert not ax.texts
@@ -234,6 +247,7 @@ def test_crowded_heat_has_no_cells_written(ax):
         (lambda ax: curve(ax, [0], {"a": [1.0]}, {"a": ([0.0, 1.0], [1.0])}), "low band of 'a' has length 2"),
         (lambda ax: curve(ax, [0], {}), "series is empty"),
         (lambda ax: heat(ax, np.ones((2, 2)), ["a"], ["b", "c"]), "labels make it \\(1, 2\\)"),
+        (lambda ax: dendrogram(ax, np.array([[0, 1, 0.5, 2.0]]), ["a"]), "1 names do not fit a tree of 1 merges"),
         (lambda ax: heat(ax, np.full((1, 1), np.nan), ["a"], ["b"]), "no finite value"),
     ],
 )

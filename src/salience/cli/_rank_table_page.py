@@ -173,24 +173,23 @@ def _redundancy(report, figures, result: RankReport, rows: list[dict[str, Any]])
     if groups:
         shown = [(len(group), ", ".join(group)) for group in groups]
         blocks.append(report.table(("columns", "that tell the same"), shown, "Groups of redundancy above 0.5."))
-    order = [(number, name) for number, name in enumerate(result.three_mr(), 1)]
-    blocks.append(report.table(
-        ("rank", "column"), order[:_BARS],
-        "3MR: every next column is the one that is most relevant, least redundant with those before, and in best relation "
-        "with them.",
-    ))  # fmt: skip
+    blocks.append(
+        report.text(
+            "In the order of 3MR, where every next column is the most relevant, least redundant with those before, and in "
+            f"best relation with them: {', '.join(result.three_mr()[:_LEAVES])}."
+        )
+    )
     return blocks
 
 
 def _quality(report, result: RankReport) -> list[Any]:
     rows = [
         (
-            row["column"], row["coverage"], ("" if row["exact"] else "≈ ") + f"{row['cardinality']:,}", row["rare"],
-            100 * row["rare_share"], row["bytes"], row["min"], row["median"], row["max"], row["binned"],
+            row["column"], row["coverage"], ("" if row["exact"] else "≈ ") + f"{row['cardinality']:,}", row["rare"], row["bytes"], row["min"], row["median"], row["max"], row["binned"],
         )
         for row in sorted(result.quality.to_pylist(), key=lambda row: row["coverage"])[:_COLUMNS]
     ]  # fmt: skip
-    columns = ("column", "coverage %", "values", "seen once", "of values %", "bytes", "min", "median", "max", "binned")
+    columns = ("column", "coverage %", "values", "seen once", "bytes", "min", "median", "max")
     counted = result.rows.column_names
     by_label = [tuple(row.values()) for row in result.rows.to_pylist()[:_BARS]]
     return [
@@ -199,7 +198,7 @@ def _quality(report, result: RankReport) -> list[Any]:
             columns, rows,
             "Worst covered first. Values: distinct ones that are not missing, exact up to 65,536 and estimated beyond; "
             "the median is that of a sample.",
-            align=("left", *["right"] * 8, "left"),
+            align=("left", *["right"] * 7),
         ),
         report.table(
             [name.replace("_", " ") for name in counted], by_label,

@@ -27,6 +27,8 @@ from salience.io import lines
 from salience.io.corpus import Source, find_sources
 from salience.io.reader import BATCH_ROWS, plain_types
 
+PARQUET_ROWS = 1 << 15  # in a batch of a Parquet file, or fewer, so that it has at most so many
+_CELLS = 1 << 22
 _UNNAMED_INDEX = re.compile(r"__index_level_\d+__")  # row labels of a pandas frame, which are no column of it
 
 
@@ -178,7 +180,8 @@ class TableReader:
     def _tables(self, source: Source) -> Iterator[pa.Table]:
         if source.format == "parquet":
             with lines.open_parquet(source) as file:
-                for batch in file.iter_batches(BATCH_ROWS, columns=self.columns, use_threads=False):
+                rows = max(1, min(PARQUET_ROWS, _CELLS // max(len(self.columns), 1)))
+                for batch in file.iter_batches(rows, columns=self.columns, use_threads=False):
                     yield pa.Table.from_batches([batch]).select(self.columns)
         elif source.table is not None:
             for start in range(0, source.table.num_rows, BATCH_ROWS):
@@ -211,6 +214,10 @@ def as_numbers(column: pa.ChunkedArray | pa.Array, missing: Collection[str] = ("
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        try:
+            return _doubles(column)
+        except pa.ArrowInvalid:
+            pass  # perhaps only for what is missing, or for blanks around a number
         column = pc.utf8_trim_whitespace(column)
         gone = pc.is_in(column, pa.array(list(missing), column.type))
         column = pc.if_else(gone, pa.scalar(None, column.type), column)
@@ -218,9 +225,13 @@ def as_numbers(column: pa.ChunkedArray | pa.Array, missing: Collection[str] = ("
               or pa.types.is_decimal(kind)):  # fmt: skip
         return None
     try:
-        numbers = column.cast(pa.float64(), safe=False)
+        return _doubles(column)
     except pa.ArrowInvalid:
         return None
+
+
+def _doubles(column: pa.ChunkedArray | pa.Array) -> Float[np.ndarray, " n"] | None:
+    numbers = column.cast(pa.float64(), safe=False)
     if numbers.null_count == len(numbers):
         return None
     chunks = numbers.chunks if isinstance(numbers, pa.ChunkedArray) else [numbers]

@@ -152,7 +152,7 @@ def difference_over_draws(
                               random_state=random_state)  # fmt: skip
     if len(draws) == 1:
         return found
-    spread = float(np.std([np.mean(draw) for draw in draws], ddof=1))
+    spread = float(np.std([finite("draws", draw, 1).mean() for draw in draws], ddof=1))
     reach = float(scipy.stats.t.ppf(0.975, len(draws) - 1)) * spread * math.sqrt(1 + 1 / len(draws))
     low, high = (found.mean + side * math.hypot(end - found.mean, reach)
                  for side, end in ((-1, found.low), (1, found.high)))  # fmt: skip

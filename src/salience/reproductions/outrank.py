@@ -78,13 +78,14 @@ def reproduce(run: Run) -> Outcome:
         intervals={name: found["interval"] for name, found in losses.items()},
         pictures={"Scores of planted signals and noise": _picture(world, scores)},
         notes=[
-            f"Accuracies are means over {REPLICATES} draws of noise and folds, at the master seed; scores there subtract "
-            f"the mean of {SHIFTS} spoofed features, for want of several batches.",
+            f"Accuracies are means over {REPLICATES} draws of noise and folds, at the master seed; scores there "
+            f"subtract the mean of {SHIFTS} spoofed features, for want of several batches.",
             "Planted tables: a median over batches of 16,384 rows. The whole-row control is no noise where rows repeat "
             "with their label, so it is not counted as one.",
             "The bar on accuracy compares with the ten best real columns, as a ranking that knows the noise would take "
             "them. The bar set first, one point below all real columns, is met by no ten columns ranked one by one: "
-            "breast_cancer loses about 2 points, as its columns tell the same in groups, and digits 11, for want of pixels.",
+            "breast_cancer loses about 2 points, as its columns tell the same in groups, and digits 11, for want of "
+            "pixels.",
         ],
     )  # fmt: skip
 

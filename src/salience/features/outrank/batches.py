@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt
 
 from salience.features.outrank.columns import combine
-from salience.features.outrank.mutual_info import Target, class_sums, count_terms, entropy_of, target_of
+from salience.features.outrank.mutual_info import Target, class_sums, count_terms, entropy, entropy_of, target_of
 
 _TOGETHER = 32  # combinations whose codes are laid out at once
 
@@ -101,10 +101,10 @@ class BatchScores:
             own = entropy_of(class_sums(codes, which, cardinalities, whole, terms)[:, 0], n)
             return np.stack([(sums[:, 0] - sums[:, 1:].mean(axis=1)) / n, own - entropy_of(sums[:, 0], n), own])
 
-        of_target = entropy_of(float(terms[0][np.diff(target.bounds)[np.diff(target.bounds) > 0] - 1].sum()), n)
+        of_target = entropy(np.diff(target.bounds))
         found = np.concatenate(list(self._map(part, parts)), axis=1)
         found[1] += of_target  # I = H(f) + H(y) - H(f, y)
-        self._target_entropies.append(float(of_target))
+        self._target_entropies.append(of_target)
         self._singles.append(found)
 
     def _add_pairs(self, codes, cardinalities, terms) -> None:

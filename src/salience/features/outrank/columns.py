@@ -58,8 +58,8 @@ def encode(name: str, column: pa.ChunkedArray) -> Coded:
         numbers = column.to_numpy()
         low, high = int(numbers.min()), int(numbers.max())
         if high - low < 2 * len(numbers):  # dense: the value is its code
-            codes = (numbers - numbers.dtype.type(low)).astype(np.uint32)
-            return Coded(codes, pa.array(np.arange(low, high + 1)), np.bincount(codes, minlength=high - low + 1))
+            codes, counts = _offsets(numbers, numbers.dtype.type(low), high - low + 1)
+            return Coded(codes, pa.array(np.arange(low, high + 1)), counts)
     if pa.types.is_string(kind) and column.nbytes > 1 << 30:
         column = column.cast(pa.large_string())  # more than 2 GiB do not fit into one array of strings
     try:
@@ -70,6 +70,17 @@ def encode(name: str, column: pa.ChunkedArray) -> Coded:
         ) from None
     codes = found.indices.to_numpy(zero_copy_only=False).astype(np.uint32)
     return Coded(codes, found.dictionary, np.bincount(codes, minlength=len(found.dictionary)))
+
+
+@numba.njit(nogil=True, cache=True)
+def _offsets(numbers, low, size):
+    codes = np.empty(len(numbers), np.uint32)
+    counts = np.zeros(size, np.int64)
+    for row in range(len(numbers)):
+        code = np.uint32(numbers[row] - low)
+        codes[row] = code
+        counts[code] += 1
+    return codes, counts
 
 
 def as_text(values: pa.Array) -> pa.Array:

@@ -90,13 +90,13 @@ def ca_mutual_info(
     sums = class_sums(f[None], np.array([0]), cardinality, target_of(y, int(y.max()) + 1, shifts), terms)[0]
     if correction:
         return float(sums[0] - sums[1:].mean()) / len(f)
-    return entropy(np.bincount(f)) + entropy(np.bincount(y)) - entropy_of(sums[0], len(f))
+    return entropy(np.bincount(f)) + entropy(np.bincount(y)) - float(entropy_of(sums[0], len(f)))
 
 
 def entropy(counts: Int[np.ndarray, " values"]) -> float:
     """Entropy in nats of a column whose values occur `counts` times."""
     counts = counts[counts > 0].astype(np.float64)
-    return entropy_of(float(counts @ np.log(counts)), int(counts.sum()))
+    return float(np.log(counts.sum()) - counts @ np.log(counts) / counts.sum())
 
 
 def entropy_of(sums: Float[np.ndarray, ...] | float, n: int) -> Float[np.ndarray, ...] | float:
@@ -163,7 +163,7 @@ def _class_sums(codes, which, cardinalities, y, bounds, rows, by_class, terms, s
     for column in which:
         widest = max(widest, cardinalities[column])
     sums = np.zeros((len(which), versions))
-    cells = np.zeros(max(widest, _CELLS * n), np.uint32)
+    cells = np.zeros(max(int(widest), _CELLS * n), np.uint32)
     seen = np.empty(n, np.uint32)
     for position in range(len(which)):
         f, cardinality = codes[which[position]], cardinalities[which[position]]

@@ -92,8 +92,8 @@ class RankProof:
         )  # fmt: skip
         return (
             f"the {self.k} best columns are {words[self.better]} {self.k} random ones here: log loss "
-            f"{losses.chosen:.4f} against {losses.other:.4f} (difference {losses.difference:+.4f}, 95 % interval {losses.low:+.4f} to "
-            f"{losses.high:+.4f}), accuracy {hits.chosen:.1%} against {hits.other:.1%}; {beside}"
+            f"{losses.chosen:.4f} against {losses.other:.4f} (difference {losses.difference:+.4f}, 95 % interval "
+            f"{losses.low:+.4f} to {losses.high:+.4f}), accuracy {hits.chosen:.1%} against {hits.other:.1%}; {beside}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,7 +139,8 @@ def prove(report: RankReport, k: int | None = None) -> RankProof:
     randoms = [name for name in selections if name.startswith("random ")]
     comparisons = []
     others = [name for name in ("plain MI", "3MR", "all columns") if name in selections]
-    for baseline, names in {"random": randoms, **{name: [name] for name in others}}.items():
+    baselines: dict[str, list[str]] = {"random": randoms} | {name: [name] for name in others}
+    for baseline, names in baselines.items():
         for measure, sign, found in (("log loss", -1, losses), ("accuracy", 1, hits)):
             other = [sign * found[name] for name in names]
             gain = difference_over_draws(sign * found["outrank"], other, random_state=seed)

@@ -8,13 +8,15 @@ import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from salience.features.outrank.columns import Coded, as_text, encode, is_missing
-from salience.features.outrank.sketch import ValueCounter, hashes_of
+from salience.features.outrank.sketch import ValueCounter, hashes_of, hashes_of_integers
 from salience.io import as_numbers
 
 MORE_THAN = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # times that a value occurs
+ROWS = 3000  # of a sample, that the quality of rows is taken from
+_POWERS = np.array([0] + [10**digits for digits in range(1, 20)], np.uint64)
 LONGER_THAN = (30, 60, 100, 200, 300)  # characters of a field
 
 
@@ -40,22 +42,30 @@ class ColumnQuality:
         seen = counts > 0
         if not seen.all():
             values, counts = values.filter(pa.array(seen)), counts[seen]
-        text = as_text(values)
-        gone = is_missing(values, text, self._missing)
-        lengths = pc.fill_null(pc.binary_length(text), 0).to_numpy()
-        self._rows += int(counts.sum())
-        self._gone += int(counts[gone].sum())
-        self._bytes += int(lengths @ counts)
-        if gone.all():
-            return
-        if gone.any():
-            known = pa.array(~gone)
-            values, text, counts = values.filter(known), text.filter(known), counts[~gone]
-        self._counter.add(hashes_of(text), counts)
-        numbers = as_numbers(values, self._missing) if self._numeric else None
+        if pa.types.is_integer(values.type) and not values.null_count:  # dense whole numbers, of which none is missing
+            numbers = values.to_numpy()
+            self._count(int(counts.sum()), 0, int(_digits(numbers) @ counts))
+            self._counter.add(hashes_of_integers(numbers), counts)
+        else:
+            text = as_text(values)
+            gone = is_missing(values, text, self._missing)
+            lengths = pc.fill_null(pc.binary_length(text), 0).to_numpy()
+            self._count(int(counts.sum()), int(counts[gone].sum()), int(lengths @ counts))
+            if gone.all():
+                return
+            if gone.any():
+                known = pa.array(~gone)
+                values, text, counts = values.filter(known), text.filter(known), counts[~gone]
+            self._counter.add(hashes_of(text), counts)
+            numbers = as_numbers(values, self._missing) if self._numeric else None
         self._numeric = numbers is not None
         if numbers is not None:
-            self._low, self._high = min(self._low, numbers.min()), max(self._high, numbers.max())
+            self._low, self._high = min(self._low, float(numbers.min())), max(self._high, float(numbers.max()))
+
+    def _count(self, rows: int, gone: int, length: int) -> None:
+        self._rows += rows
+        self._gone += gone
+        self._bytes += length
 
     def summary(self) -> dict[str, float | int | bool | None]:
         """Coverage in percent, distinct values (missing ones not counted), bytes a value, rare values, range."""
@@ -100,24 +110,31 @@ def row_quality(sample: pa.Table, label: str, missing: tuple[str, ...]) -> pa.Ta
     `missing` and `zero` fields, fields `longer_than_…` characters, and the `entropy` of a row's characters in nats,
     summed over its fields (mean over rows).
     """
+    sample = sample.slice(0, ROWS)
     target = encode(label, sample[label])
+    order = np.argsort(target.codes, kind="stable")
+    counts = np.bincount(target.codes, minlength=len(target.values))
+    kept = counts > 0
+    starts = (np.cumsum(counts) - counts)[kept]
     names = ["missing", "zero", *(f"longer_than_{length}" for length in LONGER_THAN), "entropy"]
-    sums = np.zeros((len(target.values), len(names)))
     fields = [name for name in sample.column_names if name != label]
+    shares = np.zeros((len(starts), len(names)))
     for name in fields:
         coded = encode(name, sample[name])
-        properties = _field_properties(coded, missing)
-        for at in range(len(names)):
-            sums[:, at] += np.bincount(target.codes, properties[coded.codes, at], minlength=len(sums))
-    counts = np.bincount(target.codes, minlength=len(sums))
-    kept = counts > 0
-    shares = sums[kept] / counts[kept, None]
+        shares += np.add.reduceat(_field_properties(coded, missing)[coded.codes[order]], starts)
+    shares /= counts[kept, None]
     shares[:, :-1] /= max(len(fields), 1)
     texts = as_text(target.values).filter(pa.array(kept))
     if pa.types.is_large_binary(texts.type):
         texts = pa.array([repr(value) for value in texts.to_pylist()], pa.large_string())
     columns = {"label": texts, "rows": pa.array(counts[kept])}
     return pa.table(columns | {name: pa.array(shares[:, at]) for at, name in enumerate(names)})
+
+
+def _digits(numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Characters of whole numbers in decimal, the sign included."""
+    size = np.where(numbers < 0, -(numbers + 1), numbers).astype(np.uint64) + (numbers < 0)
+    return np.searchsorted(_POWERS, size, side="right") + (numbers < 0)
 
 
 def _field_properties(coded: Coded, missing: tuple[str, ...]) -> Float[np.ndarray, "values properties"]:

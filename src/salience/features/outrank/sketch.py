@@ -84,6 +84,16 @@ def hashes_of(text: pa.Array) -> UInt[np.ndarray, " n"]:
     return _hash(np.frombuffer(data or b"", np.uint8), bounds)
 
 
+def hashes_of_integers(numbers: Int[np.ndarray, " n"]) -> UInt[np.ndarray, " n"]:
+    """64-bit hashes of whole numbers, never 0: SplitMix64 (not those of their texts)."""
+    with np.errstate(over="ignore"):
+        h = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        h = (h ^ (h >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        h = (h ^ (h >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        h ^= h >> np.uint64(31)
+    return np.maximum(h, np.uint64(1))
+
+
 @numba.njit(nogil=True, cache=True)
 def _hash(data, bounds):
     hashes = np.empty(len(bounds) - 1, np.uint64)
