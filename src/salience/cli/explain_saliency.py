@@ -232,7 +232,7 @@ def _print_plan(model, images, chosen, layers, measure, steps, as_json) -> None:
     typer.echo(f"maps     {plan['map_bytes'] / 1e6:,.1f} MB\nnothing was written")
 
 
-def _print(result: Explained, images: ImageSet, out: Path, page: Path, as_json: bool) -> None:
+def _print(result: Explained, images: ImageSet, out: Path, page: Path | str, as_json: bool) -> None:
     from salience.features.faithfulness import record
 
     if as_json:
