@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate
+from torch.nn.functional import conv2d, interpolate, pad
 
 from salience.errors import InputError
 
@@ -51,6 +51,6 @@ def edge_maps(inputs: Float[Tensor, "n channels height width"]) -> Float[Tensor,
     kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
     kernels = torch.stack([kernel, kernel.T])[:, None].to(inputs)
     flat = inputs.flatten(0, 1)[:, None]
-    padded = torch.nn.functional.pad(flat, (1, 1, 1, 1), mode="replicate")
+    padded = pad(flat, (1, 1, 1, 1), mode="replicate")
     strength = conv2d(padded, kernels).square().sum(1).sqrt()
     return strength.unflatten(0, inputs.shape[:2]).sum(1)

@@ -8,7 +8,6 @@ its claim that other measures prefer other families is reported here and not jud
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -141,13 +140,13 @@ def reproduce(run: Run) -> Outcome:
             Control(
                 "random smooth maps drawn anew",
                 "random",
-                {MAPS_GAIN: paired_difference(smooth["control"], smooth["random"], random_state=run.rng("c")).low},
+                {MAPS_GAIN: low_end(run, smooth["control"], smooth["random"])},
             ),
             Control("uniform choice of family", "random", {CHOICE_GAIN: 0.0, WORST: 0.4}),
             Control(
                 "one map from a fixed black baseline",
                 "fake",
-                {MAPS_GAIN: paired_difference(single["path from zeros"], smooth["random"], random_state=run.rng("c")).low},
+                {MAPS_GAIN: low_end(run, single["path from zeros"], smooth["random"])},
             ),
             Control("bandit without context", "fake", {BEST_ARM: thompson(run, contextual=False)}),
         ],
@@ -157,7 +156,7 @@ def reproduce(run: Run) -> Outcome:
             "best of 10: gain over uniform choice": (over_uniform.low, over_uniform.high),
         },
         pictures={
-            "Images, the map that BEE chose, and the best of as many random maps": _maps(model, images, found, targets, run),
+            "Images, the map that BEE chose, the best of as many random maps": _maps(run, model, images, found, targets),
             "Insertion of one draw and of the best of ten": _picture(figures, bee.families),
         },
         notes=[
@@ -175,6 +174,10 @@ def explainer(model: nn.Module, metric: str, seed: int, families: list[str] | No
         model, LAYER, metric=metric, families=families, n_steps=STEPS, integrand="ig", reward="image",
         multi_label=True, random_state=seed,
     )  # fmt: skip
+
+
+def low_end(run: Run, a: np.ndarray, b: np.ndarray) -> float:
+    return paired_difference(a, b, random_state=run.rng("control")).low
 
 
 def scores_of(results: list) -> np.ndarray:
@@ -256,7 +259,7 @@ def _alike(counts: dict[str, list[int]]) -> float:
     return float(chi2_contingency(table).pvalue) if table.shape[1] > 1 else 1.0
 
 
-def _maps(model: nn.Module, images: Tensor, found: list, targets: Tensor, run: Run) -> Figure:
+def _maps(run: Run, model: nn.Module, images: Tensor, found: list, targets: Tensor) -> Figure:
     from matplotlib.figure import Figure
 
     count = min(6, len(images))
@@ -286,9 +289,8 @@ def _picture(figures: dict[str, float], families: list[str]) -> Figure:
 
     names = ["BEE", "uniform choice", *families]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    label: Callable[[str, str], float] = lambda kind, name: figures[f"{kind}: {name}"]  # noqa: E731
     draw.change(
-        figure.add_subplot(), names, [label("one draw", name) for name in names],
-        [label("best of 10", name) for name in names], ("one draw", "best of ten"), xlabel="insertion",
+        figure.add_subplot(), names, [figures[f"one draw: {name}"] for name in names],
+        [figures[f"best of 10: {name}"] for name in names], ("one draw", "best of ten"), xlabel="insertion",
     )  # fmt: skip
     return figure
