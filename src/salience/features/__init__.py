@@ -5,31 +5,72 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
+    from salience.features.attribution import LogitsModel, attribute_batches, default_layers, spatial_layers
     from salience.features.baselines import centre_maps, edge_maps, random_smooth_maps
     from salience.features.bee.bandit import LogisticThompson
     from salience.features.bee.explain import BEE, BEEResult
     from salience.features.bee.families import baseline_families
     from salience.features.bee.path import path_map
     from salience.features.map_measures import HIGHER_IS_BETTER, perturbation_curve, score_maps
+    from salience.features.normgrad.checks import (
+        ClassSensitivity,
+        PointingGame,
+        Randomised,
+        class_sensitivity,
+        randomization_check,
+        weight_layers,
+    )
+    from salience.features.normgrad.fusion import fuse, normalise
+    from salience.features.normgrad.meta import MetaSaliency
+    from salience.features.normgrad.saliency import GradCAM, Gradient, LayerSaliency, LinearApproximation, NormGrad
 
 # A file never bears the name of something exported: importing the file would put the module in its place.
 _WHERE: dict[str, str] = {
+    "LogitsModel": "attribution", "attribute_batches": "attribution", "default_layers": "attribution",
+    "spatial_layers": "attribution",
     "centre_maps": "baselines", "edge_maps": "baselines", "random_smooth_maps": "baselines",
-    "LogisticThompson": "bee.bandit", "BEE": "bee.explain", "BEEResult": "bee.explain",
-    "baseline_families": "bee.families", "path_map": "bee.path",
+    "LogisticThompson": "bee.bandit",
+    "BEE": "bee.explain", "BEEResult": "bee.explain",
+    "baseline_families": "bee.families",
+    "path_map": "bee.path",
     "HIGHER_IS_BETTER": "map_measures", "perturbation_curve": "map_measures", "score_maps": "map_measures",
+    "ClassSensitivity": "normgrad.checks", "PointingGame": "normgrad.checks", "Randomised": "normgrad.checks",
+    "class_sensitivity": "normgrad.checks", "randomization_check": "normgrad.checks",
+    "weight_layers": "normgrad.checks",
+    "fuse": "normgrad.fusion", "normalise": "normgrad.fusion",
+    "MetaSaliency": "normgrad.meta",
+    "GradCAM": "normgrad.saliency", "Gradient": "normgrad.saliency", "LayerSaliency": "normgrad.saliency",
+    "LinearApproximation": "normgrad.saliency", "NormGrad": "normgrad.saliency",
 }  # fmt: skip
 __all__ = [
     "BEE",
     "HIGHER_IS_BETTER",
     "BEEResult",
+    "ClassSensitivity",
+    "GradCAM",
+    "Gradient",
+    "LayerSaliency",
+    "LinearApproximation",
     "LogisticThompson",
+    "LogitsModel",
+    "MetaSaliency",
+    "NormGrad",
+    "PointingGame",
+    "Randomised",
+    "attribute_batches",
     "baseline_families",
     "centre_maps",
+    "class_sensitivity",
+    "default_layers",
     "edge_maps",
+    "fuse",
+    "normalise",
     "path_map",
     "perturbation_curve",
     "random_smooth_maps",
+    "randomization_check",
     "score_maps",
+    "spatial_layers",
+    "weight_layers",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -156,7 +156,7 @@ def reproduce(run: Run) -> Outcome:
             "best of 10: gain over uniform choice": (over_uniform.low, over_uniform.high),
         },
         pictures={
-            "Images, the map that BEE chose, the best of as many random maps": _maps(run, model, images, found, targets),
+            "Images, the map of BEE, the best of as many random maps": _maps(run, model, images, found, targets),
             "Insertion of one draw and of the best of ten": _picture(figures, bee.families),
         },
         notes=[
