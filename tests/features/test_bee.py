@@ -321,7 +321,8 @@ def test_bad_input(model) -> None:
     for call, message in (
         (lambda: bee.attribute(IMAGES, draws=0), "draws: got 0"),
         (lambda: bee.attribute(IMAGES[0], draws=1), "inputs"),
-        (lambda: bee.attribute(IMAGES, 10, draws=1), r"classes 0\.\.9"),
+        (lambda: bee.attribute(IMAGES, 10, draws=1), r"0\.\.9"),
+        (lambda: bee.attribute(IMAGES, 1, (1,), draws=1), "additional_forward_args"),
         (lambda: bee.attribute(IMAGES, draws=1, finetune=True), "call fit first"),
         (lambda: bee.fit(torch.rand(2, 16, 16)), "must give images"),
         (lambda: BEE(model, "head", families=["const"]).attribute(IMAGES, draws=1), "layer"),

@@ -25,11 +25,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from salience.errors import InputError, NothingToDo, nearest
+from salience.features.attribution import target_classes
 from salience.features.bee.bandit import LogisticThompson
 from salience.features.bee.families import baseline_families
 from salience.features.bee.path import Integrand, enlarged, grid_of, path_map, with_grid
 from salience.features.map_measures import HIGHER_IS_BETTER, score_maps, unit_range
 from salience.model.at import logits_of, run, training_mode
+from salience.model.batches import map_batches
 from salience.model.split import Split
 
 # metric(model, images (n, c, h, w), maps (n, h, w), targets (n,)) -> n scores, higher is better
@@ -88,6 +90,8 @@ class BEE(Attribution):
     context : callable, optional
         ``context(images) -> (n, d)`` features for the bandit; by default what the model's output layer sees
         [D]. They are standardised, divided by the root of d and joined by a 1.
+    draws : int
+        T: maps drawn per image; 100 in the reference code [C].
     n_steps : int
         Steps of the path; 4 in the reference code [C].
     integrand : {"relu_grad_act", "grad_act", "ig"}
@@ -120,6 +124,7 @@ class BEE(Attribution):
         metric: str | Metric = "insertion",
         families: Sequence[str] | None = None,
         context: Callable[[Tensor], Tensor] | None = None,
+        draws: int = 100,
         n_steps: int = 4,
         integrand: Integrand = "relu_grad_act",
         reward: Literal["history", "image"] = "history",
@@ -142,7 +147,8 @@ class BEE(Attribution):
         if reward not in ("history", "image"):
             raise InputError(f"reward: got {reward!r}; it must be 'history' or 'image'")
         self._splits = {name: Split(forward_func, name) for name in self.layers}
-        self.metric, self.context, self.n_steps, self.integrand = metric, context, n_steps, integrand
+        self.metric, self.context, self.draws = metric, context, draws
+        self.n_steps, self.integrand = n_steps, integrand
         self.reward, self.train_draws, self.multi_label, self.fill = reward, train_draws, multi_label, fill
         self.internal_batch_size, self.random_state = internal_batch_size, random_state
         self._higher = HIGHER_IS_BETTER[metric] if isinstance(metric, str) else True
@@ -150,13 +156,17 @@ class BEE(Attribution):
         self.history_: list[float] = []
         self.pulled_: list[str] = []
 
+    predicts = True  # without a target the predicted class is explained
+
     @property
     def model(self) -> nn.Module:
-        return self.forward_func  # type: ignore[return-value]
+        return self.forward_func
 
     # ---- the pretrained phase --------------------------------------------------------------------------
 
-    def fit(self, inputs: Any, target: Int[Tensor, " n"] | None = None, *, progress: bool = False) -> BEE:
+    def fit(
+        self, inputs: Any, target: Sequence[int] | Int[Tensor, " n"] | None = None, *, progress: bool = False
+    ) -> BEE:
         """Learn which families to draw from, by one pull on each image.
 
         On each image every family is drawn once; the pulled one's score is ranked, and the bandit is told of
@@ -166,7 +176,7 @@ class BEE(Attribution):
         ----------
         inputs : Tensor (n, channels, height, width), or a dataset
             Images that will not be explained later. A dataset may give ``(image, label)``.
-        target : Tensor (n,), optional
+        target : sequence of int or Tensor (n,), optional
             Classes to explain; the predicted ones by default [C].
         progress : bool
             Draw a progress bar.
@@ -198,7 +208,7 @@ class BEE(Attribution):
         phi = self._phi(features)
         arm = self.bandit_.choose(phi)
         names = np.array(self.families)
-        scores = self._drawn(x, self._target(x, target), names, _torch_generator(rng))[1]
+        scores = self._drawn(x, self._targets(x, target)[0], names, _torch_generator(rng))[1]
         best, known = self._best_over_layers(scores), np.isfinite(scores).any(1)
         for score in best[known]:
             bisect.insort(self.history_, float(score))
@@ -219,21 +229,27 @@ class BEE(Attribution):
     def attribute(
         self,
         inputs: Float[Tensor, "batch channels height width"],
-        target: Int[Tensor, " batch"] | int | None = None,
+        target: int | Sequence[int] | Int[Tensor, " batch"] | None = None,
+        additional_forward_args: Any = None,
         *,
-        draws: int = 100,
+        draws: int | None = None,
         finetune: bool = False,
     ) -> Float[Tensor, "batch 1 height width"]:
-        """The best map of each image; see `explain`, which also tells how it was found."""
+        """The best map of each image, from 0 to 1; see `explain`, which also tells how it was found.
+
+        `additional_forward_args` must be None: paths lead through the activations of images alone.
+        """
+        if additional_forward_args is not None:
+            raise InputError("additional_forward_args: BEE explains models that take images alone")
         results = self.explain(inputs, target, draws=draws, finetune=finetune, all_metrics=False)
         return torch.stack([result.map for result in results])[:, None].to(inputs)
 
     def explain(
         self,
         inputs: Float[Tensor, "batch channels height width"],
-        target: Int[Tensor, " batch"] | int | None = None,
+        target: int | Sequence[int] | Int[Tensor, " batch"] | None = None,
         *,
-        draws: int = 100,
+        draws: int | None = None,
         finetune: bool = False,
         all_metrics: bool = True,
     ) -> list[BEEResult]:
@@ -242,10 +258,11 @@ class BEE(Attribution):
         Parameters
         ----------
         inputs : Tensor (batch, channels, height, width)
-        target : Tensor (batch,) or int, optional
+        target : int, sequence of int or Tensor (batch,), optional
             Classes to explain; the predicted ones by default.
-        draws : int
-            T: maps drawn per image. Before `fit` families are drawn with equal chance.
+        draws : int, optional
+            Maps drawn per image instead of the T of the constructor. Before `fit` families are drawn with equal
+            chance.
         finetune : bool
             Let the bandit learn on from the draws of the image itself; each image starts from what `fit` left.
         all_metrics : bool
@@ -256,23 +273,23 @@ class BEE(Attribution):
         InputError
             Shapes do not fit, an option is out of range, or `finetune` before `fit`.
         """
+        draws = self.draws if draws is None else draws
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise InputError(f"draws: got {draws!r}; it must be an integer of at least 1")
         if inputs.ndim != 4 or len(inputs) == 0:
             raise InputError(f"inputs: have shape {tuple(inputs.shape)}; (batch, channels, height, width) is needed")
         if finetune and not self.pulled_:
             raise InputError("finetune: there is nothing learned to go on from; call fit first")
-        if target is not None:
-            target = torch.as_tensor(target, device=inputs.device).expand(len(inputs))
+        images = inputs.detach()
         with training_mode(self.model, False):
+            classes = self._targets(images, target)
             return [
-                self._explained(x[None], None if target is None else int(target[i]), draws, finetune, all_metrics)
-                for i, x in enumerate(inputs.detach())
+                self._explained(x[None], label, draws, finetune, all_metrics)
+                for x, label in zip(images, classes, strict=True)
             ]
 
-    def _explained(self, x: Tensor, target: int | None, draws: int, finetune: bool, all_metrics: bool) -> BEEResult:
+    def _explained(self, x: Tensor, label: int, draws: int, finetune: bool, all_metrics: bool) -> BEEResult:
         rng = np.random.default_rng([self.random_state, 1, zlib.crc32(x.cpu().float().numpy().tobytes())])
-        label = self._target(x, target)
         if finetune:
             names, maps, scores = self._finetuned(x, label, draws, rng)
         else:
@@ -323,7 +340,7 @@ class BEE(Attribution):
         for layer, split in self._splits.items():
             with torch.no_grad():
                 a = split.encode(x)
-            grid = grid_of(a)[0]
+            grid = grid_of(a, x)[0]
             repeats = torch.tensor([self.train_draws if name == "train" else 1 for name in names])
             owner = torch.arange(len(names)).repeat_interleave(repeats)
             baselines = torch.empty((len(owner), *grid.shape), dtype=grid.dtype, device=grid.device)
@@ -339,7 +356,7 @@ class BEE(Attribution):
             )  # fmt: skip
             mean = torch.zeros((len(names), *path.shape[1:]), dtype=torch.float64)
             mean.index_add_(0, owner, path.double().cpu())
-            maps.append(enlarged(mean / repeats[:, None, None], x.shape[2:]))
+            maps.append(enlarged(mean / repeats[:, None, None], (x.shape[2], x.shape[3])))
         stacked = torch.stack(maps, 1)
         return stacked, self._scored(x, stacked.flatten(0, 1), label, self.metric).reshape(stacked.shape[:2])
 
@@ -363,14 +380,10 @@ class BEE(Attribution):
         best = filled.max(1) if self._higher else filled.min(1)
         return np.where(np.isfinite(best), best, np.nan)
 
-    def _target(self, x: Tensor, target: int | None) -> int:
+    def _targets(self, images: Tensor, target: Any) -> list[int]:
         with torch.no_grad():
-            logits = logits_of(run(self.model, x))
-        if target is None:
-            return int(logits.argmax(1))
-        if not 0 <= target < logits.shape[1]:
-            raise InputError(f"target: got {target}; the model has classes 0..{logits.shape[1] - 1}")
-        return target
+            logits = map_batches(lambda x: logits_of(run(self.model, x)), images, batch_size=self.internal_batch_size)
+        return target_classes(logits, target).tolist()
 
     # ---- context and bank ------------------------------------------------------------------------------
 
@@ -405,14 +418,14 @@ class BEE(Attribution):
         if "train" in self.families:
             for layer, split in self._splits.items():
                 with torch.no_grad():
-                    self._banks[layer] = torch.cat([grid_of(split.encode(x)).cpu() for x in images])
+                    self._banks[layer] = torch.cat([grid_of(split.encode(x), x).cpu() for x in images])
 
     def _usable(self) -> list[str]:
         usable = [name for name in self.families if name != "train" or self._banks]
         if not usable:
             raise InputError("families: 'train' needs activations of training images; call fit first")
         if len(usable) < len(self.families):
-            warnings.warn("family 'train' is left out: it has no activations before fit", stacklevel=5)
+            warnings.warn("family 'train' is left out: it has no activations before fit", stacklevel=6)
         return usable
 
 

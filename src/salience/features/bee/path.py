@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from salience.errors import InputError
+from salience.features.attribution import as_grid
 from salience.model.batches import map_batches
 from salience.model.split import Split
 
@@ -80,7 +81,7 @@ def path_map(
     rows, points = len(activations), n_steps + 1
     targets = torch.as_tensor(target, device=activations.device).expand(rows)
     a, b = activations.detach(), baseline.detach()
-    total = torch.zeros((rows, *grid_of(a).shape[2:]), dtype=torch.float64, device=a.device)
+    total = torch.zeros((rows, *grid_of(a, inputs).shape[2:]), dtype=torch.float64, device=a.device)
 
     def add(index: Tensor) -> Tensor:
         row, k = (index // points).to(a.device), (index % points).to(a.device)
@@ -97,29 +98,22 @@ def path_map(
             part = gradient * v.detach()
         else:
             part = gradient.relu() * v.detach().relu()
-        total.index_add_(0, row, grid_of(part).double().sum(1))
+        total.index_add_(0, row, grid_of(part, inputs).double().sum(1))
         return index
 
     map_batches(add, torch.arange(rows * points), batch_size=internal_batch_size)
     return total.to(a.dtype)
 
 
-def grid_of(activations: Tensor) -> Float[Tensor, "rows channels height width"]:
-    """Activations as maps: as they are, or the square of patches of a vision transformer's tokens.
-
-    Tokens that stand before the patches (the class token, registers) are left out.
-    """
-    if activations.ndim == 4:
-        return activations
-    if activations.ndim == 3:
-        side = int(activations.shape[1] ** 0.5)
-        if side > 1 and activations.shape[1] - side**2 <= 8:
-            patches = activations[:, activations.shape[1] - side**2 :]
-            return patches.transpose(1, 2).unflatten(2, (side, side))
-    raise InputError(
-        f"layer: gives activations of shape {tuple(activations.shape)}; maps (n, channels, height, width) or the "
-        "tokens (n, 1 + side * side, channels) of a vision transformer are needed"
-    )
+def grid_of(activations: Tensor, inputs: Tensor) -> Float[Tensor, "rows channels height width"]:
+    """Activations as maps over the images; an `InputError` where they are none."""
+    grid = as_grid(activations, (inputs.shape[2], inputs.shape[3]))
+    if grid is None:
+        raise InputError(
+            f"layer: gives activations of shape {tuple(activations.shape)}; maps (n, channels, height, width) or the "
+            "tokens of a vision transformer are needed"
+        )
+    return grid
 
 
 def with_grid(activations: Tensor, grid: Float[Tensor, "rows channels height width"]) -> Tensor:
