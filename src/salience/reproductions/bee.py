@@ -277,7 +277,8 @@ def _maps(run: Run, model: nn.Module, images: Tensor, found: list, targets: Tens
     axes = figure.subplots(3, count)
     generator = run.generator("random")
     drawn = [
-        random_smooth_maps(len(images), images.shape[2:], generator=generator) for _ in range(len(found[0].scores))
+        random_smooth_maps(len(images), (images.shape[2], images.shape[3]), generator=generator)
+        for _ in found[0].scores
     ]
     scores = np.array([insertion(model, images, maps, targets) for maps in drawn])
     for i in range(count):
