@@ -10,11 +10,8 @@ from torch import nn
 from salience.errors import InputError
 from salience.features import (
     HIGHER_IS_BETTER,
-    centre_maps,
-    edge_maps,
     information_curves,
     perturbation_curve,
-    random_smooth_maps,
     score_maps,
 )
 from salience.measure import curve
@@ -35,6 +32,14 @@ class Sums(nn.Module):
 
 WEIGHTS = torch.tensor([[[4.0, 2.0], [1.0, -1.0]]])
 IMAGE = torch.ones(1, 1, 2, 2)
+
+
+def hill(images):
+    rows, columns = (torch.linspace(-1, 1, side) for side in images.shape[2:])
+    one = -(rows[:, None] ** 2 + (columns[None] - 0.3) ** 2)
+    return one.expand(len(images), *one.shape) + 0.3 * images.mean(1)
+
+
 ZERO = torch.zeros(1, dtype=torch.long)
 
 
@@ -126,7 +131,7 @@ def test_information_curves_equal_the_package_of_their_authors(monkeypatch) -> N
 
 def test_information_curve_is_undefined_where_the_blurred_picture_says_as_much() -> None:
     noise = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    maps = centre_maps(noise)
+    maps = hill(noise)
 
     def scores(value):
         return information_curves.information_scores(
@@ -142,7 +147,7 @@ def test_model_is_left_as_it_was_whatever_happens(measure) -> None:
     model = build("plain").train()
     before = state_hash(model)
     images = torch.rand(2, 3, 16, 16)
-    score_maps(model, images, centre_maps(images), torch.tensor([0, 1]), measure)
+    score_maps(model, images, hill(images), torch.tensor([0, 1]), measure)
     assert state_hash(model) == before
 
     def broken(*args):
@@ -150,13 +155,13 @@ def test_model_is_left_as_it_was_whatever_happens(measure) -> None:
 
     model.head.forward = broken
     with pytest.raises(RuntimeError, match="broken"):
-        score_maps(model, images, centre_maps(images), torch.tensor([0, 1]), measure)
+        score_maps(model, images, hill(images), torch.tensor([0, 1]), measure)
     assert state_hash(model) == before
 
 
 def test_batches_change_nothing() -> None:
     model, images = build("resnet"), torch.randn(3, 3, 16, 16)
-    maps, targets = edge_maps(images), torch.tensor([0, 1, 2])
+    maps, targets = hill(images), torch.tensor([0, 1, 2])
     one = score_maps(model, images, maps, targets, internal_batch_size=1)
     np.testing.assert_allclose(one, score_maps(model, images, maps, targets, internal_batch_size=64), atol=1e-6)
 
@@ -172,10 +177,10 @@ def test_memory_that_runs_out_halves_the_batch() -> None:
         return inner(x)
 
     images = torch.randn(2, 3, 16, 16)
-    expected = score_maps(model, images, edge_maps(images), torch.tensor([0, 1]))
+    expected = score_maps(model, images, hill(images), torch.tensor([0, 1]))
     model.forward = small
     with pytest.warns(UserWarning, match="memory"):
-        found = score_maps(model, images, edge_maps(images), torch.tensor([0, 1]))
+        found = score_maps(model, images, hill(images), torch.tensor([0, 1]))
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert max(sizes) > 5 and sizes[-1] <= 5
 
@@ -205,19 +210,3 @@ def test_bad_input(change, message) -> None:
     right = {"inputs": IMAGE, "maps": WEIGHTS, "targets": ZERO, "measure": "insertion", "steps": 4}
     with pytest.raises(InputError, match=message):
         score_maps(Sums(WEIGHTS), **{**right, **change})
-
-
-def test_maps_that_know_nothing() -> None:
-    maps = random_smooth_maps(3, (32, 20), generator=torch.Generator().manual_seed(0))
-    again = random_smooth_maps(3, (32, 20), generator=torch.Generator().manual_seed(0))
-    assert maps.shape == (3, 32, 20) and torch.equal(maps, again) and not torch.equal(maps[0], maps[1])
-    rough = torch.randn(3, 32, 20)
-    assert maps.diff(dim=1).std() / maps.std() < 0.5 * rough.diff(dim=1).std() / rough.std()
-    hill = centre_maps(torch.zeros(1, 3, 9, 9))[0]
-    assert hill.argmax() == 40 and torch.allclose(hill, hill.T)
-    step = torch.zeros(1, 1, 8, 8)
-    step[..., 4:] = 1
-    edges = edge_maps(step)[0]
-    assert (edges[:, [3, 4]] == 4).all() and (edges[:, [0, 1, 2, 5, 6, 7]] == 0).all()
-    with pytest.raises(InputError, match="cells"):
-        random_smooth_maps(1, (4, 4), generator=torch.Generator(), cells=0)

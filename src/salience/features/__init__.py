@@ -6,7 +6,7 @@ from salience._lazy import exports
 
 if TYPE_CHECKING:
     from salience.features.attribution import LogitsModel, attribute_batches, default_layers, spatial_layers
-    from salience.features.baselines import centre_maps, edge_maps, random_smooth_maps
+    from salience.features.baselines import CentreMap, EdgeMap, RandomSmoothMap
     from salience.features.bee.bandit import LogisticThompson
     from salience.features.bee.explain import BEE, BEEResult
     from salience.features.bee.families import baseline_families
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from salience.features.normgrad.fusion import fuse, normalise
     from salience.features.normgrad.meta import MetaSaliency
     from salience.features.normgrad.saliency import GradCAM, Gradient, LayerSaliency, LinearApproximation, NormGrad
+    from salience.features.study.adversarial import adversarial_fit, pgd_attack
+    from salience.features.study.localisation import best_threshold, energy_inside, localised, pointing
+    from salience.features.study.perturbing import CAM, RISE, MeaningfulPerturbation
+    from salience.features.study.suite import attribution_suite
 
 # A file never bears the name of something exported: importing the file would put the module in its place.
 _WHERE: dict[str, str] = {
     "LogitsModel": "attribution", "attribute_batches": "attribution", "default_layers": "attribution",
     "spatial_layers": "attribution",
-    "centre_maps": "baselines", "edge_maps": "baselines", "random_smooth_maps": "baselines",
+    "CentreMap": "baselines", "EdgeMap": "baselines", "RandomSmoothMap": "baselines",
     "LogisticThompson": "bee.bandit",
     "BEE": "bee.explain", "BEEResult": "bee.explain",
     "baseline_families": "bee.families",
@@ -41,33 +45,48 @@ _WHERE: dict[str, str] = {
     "MetaSaliency": "normgrad.meta",
     "GradCAM": "normgrad.saliency", "Gradient": "normgrad.saliency", "LayerSaliency": "normgrad.saliency",
     "LinearApproximation": "normgrad.saliency", "NormGrad": "normgrad.saliency",
+    "adversarial_fit": "study.adversarial", "pgd_attack": "study.adversarial",
+    "best_threshold": "study.localisation", "energy_inside": "study.localisation", "localised": "study.localisation",
+    "pointing": "study.localisation",
+    "CAM": "study.perturbing", "MeaningfulPerturbation": "study.perturbing", "RISE": "study.perturbing",
+    "attribution_suite": "study.suite",
 }  # fmt: skip
 __all__ = [
     "BEE",
+    "CAM",
     "HIGHER_IS_BETTER",
+    "RISE",
     "BEEResult",
+    "CentreMap",
     "ClassSensitivity",
+    "EdgeMap",
     "GradCAM",
     "Gradient",
     "LayerSaliency",
     "LinearApproximation",
     "LogisticThompson",
     "LogitsModel",
+    "MeaningfulPerturbation",
     "MetaSaliency",
     "NormGrad",
     "PointingGame",
+    "RandomSmoothMap",
     "Randomised",
+    "adversarial_fit",
     "attribute_batches",
+    "attribution_suite",
     "baseline_families",
-    "centre_maps",
+    "best_threshold",
     "class_sensitivity",
     "default_layers",
-    "edge_maps",
+    "energy_inside",
     "fuse",
+    "localised",
     "normalise",
     "path_map",
     "perturbation_curve",
-    "random_smooth_maps",
+    "pgd_attack",
+    "pointing",
     "randomization_check",
     "score_maps",
     "spatial_layers",

@@ -1,56 +1,75 @@
-"""Maps that know nothing of the model: what an explanation has to beat."""
+"""Maps that look at no network: what any explanation of one has to beat."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
+import xxhash
+from captum.attr import Attribution
 from jaxtyping import Float
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import conv2d, pad
 
 from salience.errors import InputError
 
+Images = Float[Tensor, "batch channel height width"]
+Maps = Float[Tensor, "batch 1 height width"]
 
-def random_smooth_maps(
-    count: int, size: tuple[int, int], *, generator: torch.Generator, cells: int = 7
-) -> Float[Tensor, "count height width"]:
-    """Noise of `cells` x `cells` values, enlarged bicubically: blobs as smooth as maps of a late layer.
 
-    Pixel noise would be too weak an opponent: scattered pixels destroy or restore a picture less than blobs do.
+class RandomSmoothMap(Attribution):
+    """White noise blurred to blobs: as smooth as a saliency map, and about nothing.
 
     Parameters
     ----------
-    count : int
-    size : (height, width)
-    generator : torch.Generator
-        On the CPU.
-    cells : int
-        Values along a side; 7 is what a network of 32-fold stride gives for a picture of 224 pixels.
+    model : callable
+        Not run.
+    blob : float
+        Standard deviation of the blur, as a share of the longer side.
+    random_state : int
+        A map follows from it and from the image's values, whatever the batch.
 
     Raises
     ------
     InputError
-        `count` or `cells` is below 1.
+        `blob` is not above 0.
     """
-    if count < 1 or cells < 1:
-        raise InputError(f"count and cells: got {count!r} and {cells!r}; both must be at least 1")
-    noise = torch.randn((count, 1, cells, cells), generator=generator)
-    return interpolate(noise, size, mode="bicubic", align_corners=False)[:, 0]
+
+    def __init__(self, model: Any, *, blob: float = 0.1, random_state: int = 0) -> None:
+        if not 0 < blob < float("inf"):
+            raise InputError(f"blob: got {blob!r}; it must be above 0")
+        super().__init__(model)
+        self.blob, self.random_state = blob, random_state
+
+    def attribute(self, inputs: Images, target: Any = None, additional_forward_args: Any = None) -> Maps:
+        """Maps of the images' size; `target` plays no part."""
+        size = tuple(inputs.shape[2:])
+        maps = np.empty((len(inputs), 1, *size), dtype=np.float32)
+        for i, image in enumerate(inputs.detach().cpu().float().contiguous().numpy()):
+            own = xxhash.xxh3_64_intdigest(image.tobytes())
+            noise = np.random.default_rng([self.random_state, own]).standard_normal(size)
+            maps[i, 0] = gaussian_filter(noise, self.blob * max(size), mode="wrap")
+        return torch.from_numpy(maps).to(inputs.device)
 
 
-def centre_maps(inputs: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n height width"]:
-    """A Gaussian hill in the middle of the picture, a quarter of its side wide."""
-    rows, columns = (
-        torch.exp(-((torch.linspace(-1, 1, side) if side > 1 else torch.zeros(1)) ** 2) * 2)
-        for side in inputs.shape[2:]
-    )
-    return torch.outer(rows, columns).expand(len(inputs), *inputs.shape[2:])
+class CentreMap(Attribution):
+    """The middle of the image, since that is where photographers put things: minus the squared distance from it."""
+
+    def attribute(self, inputs: Images, target: Any = None, additional_forward_args: Any = None) -> Maps:
+        """Maps of the images' size; `target` plays no part."""
+        rows, columns = (torch.linspace(-1, 1, side, device=inputs.device) for side in inputs.shape[2:])
+        one = -(rows[:, None] ** 2 + columns[None] ** 2)
+        return one.expand(len(inputs), 1, *one.shape).contiguous()
 
 
-def edge_maps(inputs: Float[Tensor, "n channels height width"]) -> Float[Tensor, "n height width"]:
-    """Strength of the Sobel gradient, summed over the channels: a map of the picture alone."""
-    kernel = torch.tensor([[1.0, 0, -1], [2, 0, -2], [1, 0, -1]])
-    kernels = torch.stack([kernel, kernel.T])[:, None].to(inputs)
-    flat = inputs.flatten(0, 1)[:, None]
-    padded = pad(flat, (1, 1, 1, 1), mode="replicate")
-    strength = conv2d(padded, kernels).square().sum(1).sqrt()
-    return strength.unflatten(0, inputs.shape[:2]).sum(1)
+class EdgeMap(Attribution):
+    """Where the image changes: length of Sobel's gradient of its mean channel. What fools the eye in saliency maps."""
+
+    def attribute(self, inputs: Images, target: Any = None, additional_forward_args: Any = None) -> Maps:
+        """Maps of the images' size; `target` plays no part."""
+        across = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=inputs.device)
+        grey = pad(inputs.detach().float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        slopes = conv2d(grey, torch.stack([across, across.T])[:, None])
+        return slopes.norm(dim=1, keepdim=True)

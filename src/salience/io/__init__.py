@@ -7,6 +7,7 @@ from salience._lazy import exports
 if TYPE_CHECKING:
     from salience.io.corpus import Corpus, Source, Unit
     from salience.io.engine import available_cores, map_units
+    from salience.io.folder import OutputFolder
     from salience.io.keys import gumbel, key_of, uniform
     from salience.io.lines import Bad
     from salience.io.reader import Batch, peek, read
@@ -19,6 +20,7 @@ _WHERE = {
     "Tally": "tally", "Bad": "lines",
     "map_units": "engine", "available_cores": "engine",
     "Output": "writer", "RecordWriter": "writer", "checksum": "writer", "write_quarantine": "writer",
+    "OutputFolder": "folder",
     "uniform": "keys", "gumbel": "keys", "key_of": "keys",
 }  # fmt: skip
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "Output",
+    "OutputFolder",
     "RecordWriter",
     "Source",
     "Tally",

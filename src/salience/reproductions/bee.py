@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from salience.evidence import Bar, Control, Outcome, Run
-from salience.features import BEE, LogisticThompson, baseline_families, path_map, random_smooth_maps, score_maps
+from salience.features import BEE, LogisticThompson, RandomSmoothMap, baseline_families, path_map, score_maps
 from salience.features.bee.path import enlarged
 from salience.measure import paired_difference
 from salience.model import Split
@@ -87,7 +87,8 @@ def reproduce(run: Run) -> Outcome:
     uniform._banks = bee._banks
     best["uniform choice"] = scores_of(uniform.explain(images, draws=setting.draws, all_metrics=False))
     smooth = {
-        name: random_best(model, images, targets, setting.draws, run.generator(name)) for name in ("random", "control")
+        name: random_scores(run, model, images, targets, setting.draws, name)[1].max(0)
+        for name in ("random", "control")
     }
     single = {name: insertion(model, images, maps, targets) for name, maps in one_shot(model, images, targets).items()}
 
@@ -214,16 +215,11 @@ def insertion(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor) -
     return score_maps(model, images, maps, targets, "insertion", steps=10, until=0.9, multi_label=True)
 
 
-def random_best(
-    model: nn.Module, images: Tensor, targets: Tensor, draws: int, generator: torch.Generator
-) -> np.ndarray:
-    """The best score of `draws` random smooth maps of each image."""
-    size = (images.shape[2], images.shape[3])
-    scores = [
-        insertion(model, images, random_smooth_maps(len(images), size, generator=generator), targets)
-        for _ in range(draws)
-    ]
-    return np.max(scores, axis=0)
+def random_scores(run: Run, model: nn.Module, images: Tensor, targets: Tensor, draws: int, use: str) -> tuple:
+    """`draws` random smooth maps of each image (draws, images, ...), and their scores (draws, images)."""
+    seeds = run.rng(use).integers(2**31, size=draws)
+    maps = [RandomSmoothMap(model, random_state=int(seed)).attribute(images)[:, 0] for seed in seeds]
+    return maps, np.array([insertion(model, images, one, targets) for one in maps])
 
 
 def one_shot(model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -275,12 +271,7 @@ def _maps(run: Run, model: nn.Module, images: Tensor, found: list, targets: Tens
     count = min(6, len(images))
     figure = Figure(figsize=(1.35 * count, 4.4), layout="constrained")
     axes = figure.subplots(3, count)
-    generator = run.generator("random")
-    drawn = [
-        random_smooth_maps(len(images), (images.shape[2], images.shape[3]), generator=generator)
-        for _ in found[0].scores
-    ]
-    scores = np.array([insertion(model, images, maps, targets) for maps in drawn])
+    drawn, scores = random_scores(run, model, images, targets, len(found[0].scores), "random")
     for i in range(count):
         best = int(scores[:, i].argmax())
         rows: list[tuple[Tensor, str, str]] = [

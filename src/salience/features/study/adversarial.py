@@ -190,7 +190,14 @@ def adversarial_fit(
         raise InputError(f"ramp: got {ramp!r}; it must lie in 0..1")
     if bounds is not None and recipe != "vanilla":
         _check_range(inputs, eps, bounds)
-    attacks = {"eps": eps, "steps": steps, "norm": norm, "loss": loss, "bounds": bounds, "batch_size": batch_size}
+    attacks: dict[str, Any] = {
+        "eps": eps,
+        "steps": steps,
+        "norm": norm,
+        "loss": loss,
+        "bounds": bounds,
+        "batch_size": batch_size,
+    }
     total = max(1, epochs * (len(inputs) // batch_size))
     done = 0
 

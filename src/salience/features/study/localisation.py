@@ -98,7 +98,7 @@ def energy_inside(
     """Share of a map's sum of absolute values that lies on a mask; NaN for a map of zeros."""
     values, inside = maps.detach().abs().double().cpu(), masks.cpu()
     if values.shape != inside.shape or inside.dtype != torch.bool:
-        raise InputError(f"masks: must be bool of shape {tuple(values.shape)}; got {inside.dtype} {tuple(inside.shape)}")
+        raise InputError(f"masks: must be bool {tuple(values.shape)}; got {inside.dtype} {tuple(inside.shape)}")
     total = values.sum((1, 2))
     return torch.where(total > 0, (values * inside).sum((1, 2)) / total, torch.nan).numpy()
 
@@ -106,7 +106,9 @@ def energy_inside(
 def _checked(maps: Tensor, boxes: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     values, found = maps.detach().double().cpu().numpy(), np.asarray(boxes)
     if values.ndim != 3 or found.shape != (len(values), 4):
-        raise InputError(f"boxes: have shape {found.shape}; (n, 4) for maps (n, height, width) {values.shape} is needed")
+        raise InputError(
+            f"boxes: have shape {found.shape}; (n, 4) for n maps is needed, which have shape {values.shape}"
+        )
     if not np.isfinite(values).all():
         raise InputError("maps: hold NaN or infinity")
     height, width = values.shape[1:]

@@ -257,18 +257,20 @@ class CAM(_Perturbing):
             finally:
                 handle.remove()
             grid = as_grid(captured[self.layer], (images.shape[2], images.shape[3]))
-            pooled = None if grid is None else grid.mean((2, 3))
-            fits = pooled is not None and seen and seen[-1].shape == pooled.shape
-            if not fits or head.out_features != logits.shape[1] or not torch.allclose(seen[-1], pooled, atol=1e-4):
+            fits = grid is not None and seen and seen[-1].shape == grid.shape[:2] and _is_mean(seen[-1], grid)
+            if grid is None or not fits or head.out_features != logits.shape[1]:
                 raise InputError(
                     f"layer: the output layer {self.head!r} does not read the average of {self.layer!r}, so that CAM "
                     "is not defined here; name the layer right before the pooling, or use another method"
                 )
-            assert grid is not None
             maps = torch.einsum("bchw,bc->bhw", grid, head.weight[classes[rows]])
             return interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
         return map_batches(one, torch.arange(len(images)), batch_size=size).detach().to(images.device)
+
+
+def _is_mean(pooled: Tensor, grid: Tensor) -> bool:
+    return torch.allclose(pooled, grid.mean((2, 3)), atol=1e-4)
 
 
 def _blurred(images: Images, share: float = 0.1) -> Images:

@@ -8,13 +8,13 @@ from typing import Any
 import captum.attr
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from salience.errors import InputError, nearest
 from salience.features.attribution import LogitsModel, default_layers
-from salience.features.baselines import centre_maps, edge_maps, random_smooth_maps
+from salience.features.baselines import CentreMap, EdgeMap, RandomSmoothMap
 from salience.features.study.perturbing import CAM, RISE, MeaningfulPerturbation
 from salience.model.at import training_mode
 from salience.model.batches import map_batches
@@ -106,9 +106,9 @@ def attribution_suite(
         ),
         "cam": lambda: _cam(model, str(layer), example, asked=names is not None),
         "grad-cam": lambda: _grad_cam(logits, model.get_submodule(str(layer)), batch_size),
-        "random": lambda: _random(random_state),
-        "centre": lambda: lambda images, classes: centre_maps(images),
-        "edges": lambda: lambda images, classes: edge_maps(images),
+        "random": lambda: _ours(RandomSmoothMap(model, random_state=random_state)),
+        "centre": lambda: _ours(CentreMap(model)),
+        "edges": lambda: _ours(EdgeMap(model)),
     }
     suite = {}
     for name in chosen:
@@ -220,14 +220,6 @@ def _cam(model: nn.Module, layer: str, example: Tensor | None, asked: bool) -> M
 
 def _ours(method: captum.attr.Attribution) -> MapFunction:
     return lambda images, classes: method.attribute(images, target=classes)[:, 0]
-
-
-def _random(seed: int) -> MapFunction:
-    def maps(images: Tensor, classes: Int[Tensor, " n"]) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return random_smooth_maps(len(images), (images.shape[2], images.shape[3]), generator=generator).to(images)
-
-    return maps
 
 
 class _seeded:
