@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from salience.features.normgrad.meta import MetaSaliency
     from salience.features.normgrad.saliency import GradCAM, Gradient, LayerSaliency, LinearApproximation, NormGrad
     from salience.features.study.adversarial import adversarial_fit, pgd_attack
+    from salience.features.study.bench import BenchResult, ExplainabilityBench, better_than_control
     from salience.features.study.localisation import best_threshold, energy_inside, localised, pointing
     from salience.features.study.perturbing import CAM, RISE, MeaningfulPerturbation
     from salience.features.study.suite import attribution_suite
@@ -46,6 +47,7 @@ _WHERE: dict[str, str] = {
     "GradCAM": "normgrad.saliency", "Gradient": "normgrad.saliency", "LayerSaliency": "normgrad.saliency",
     "LinearApproximation": "normgrad.saliency", "NormGrad": "normgrad.saliency",
     "adversarial_fit": "study.adversarial", "pgd_attack": "study.adversarial",
+    "BenchResult": "study.bench", "ExplainabilityBench": "study.bench", "better_than_control": "study.bench",
     "best_threshold": "study.localisation", "energy_inside": "study.localisation", "localised": "study.localisation",
     "pointing": "study.localisation",
     "CAM": "study.perturbing", "MeaningfulPerturbation": "study.perturbing", "RISE": "study.perturbing",
@@ -57,9 +59,11 @@ __all__ = [
     "HIGHER_IS_BETTER",
     "RISE",
     "BEEResult",
+    "BenchResult",
     "CentreMap",
     "ClassSensitivity",
     "EdgeMap",
+    "ExplainabilityBench",
     "GradCAM",
     "Gradient",
     "LayerSaliency",
@@ -77,6 +81,7 @@ __all__ = [
     "attribution_suite",
     "baseline_families",
     "best_threshold",
+    "better_than_control",
     "class_sensitivity",
     "default_layers",
     "energy_inside",

@@ -129,7 +129,8 @@ def _captum(method: captum.attr.Attribution, batch: int, size: bool = False, **o
     def maps(images: Tensor, classes: Tensor) -> Tensor:
         def one(index: Tensor) -> Tensor:
             rows = index.to(images.device)
-            found = method.attribute(images[rows].detach(), target=classes[rows], **options).detach()
+            x = images[rows].detach().requires_grad_()  # captum would warn that it sets this itself
+            found = method.attribute(x, target=classes[rows], **options).detach()
             return (found.abs() if size else found).sum(1)
 
         with training_mode(method.forward_func, False), torch.enable_grad():
