@@ -26,6 +26,7 @@ EXAMPLES: dict[str, Callable[[nn.Module, str], Attribution]] = {
     "salience.features:Gradient": lambda model, layer: _features().Gradient(model),
     "salience.features:BEE": lambda model, layer: _features().BEE(
         model, layer, families=["normal", "blur", "const"], draws=4),
+    "salience.features:RISE": lambda model, layer: _features().RISE(model, masks=16),
     "salience.features:MetaSaliency": lambda model, layer: _features().MetaSaliency(
         _features().NormGrad(model, layer)
     ),

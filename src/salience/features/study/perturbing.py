@@ -126,9 +126,13 @@ class RISE(_Perturbing):
     def _maps(self, images: Tensor, classes: Tensor, size: int) -> Tensor:
         height, width = images.shape[2:]
         total = torch.zeros((len(images), height, width), dtype=torch.float64, device=images.device)
+        # All draws come first, small as they are, so that the batch size does not change them.
         generator = torch.Generator().manual_seed(self.random_state)
+        grids = (torch.rand((self.masks, 1, self.cells, self.cells), generator=generator) < self.chance).float()
+        shifts = torch.rand((self.masks, 2), generator=generator)
         for start in range(0, self.masks, size):
-            drawn = self._drawn(min(size, self.masks - start), height, width, generator).to(images)
+            part = slice(start, start + size)
+            drawn = _enlarged(grids[part], shifts[part], height, width).to(images)
 
             def add(index: Tensor, drawn: Tensor = drawn) -> Tensor:
                 image, mask = (index // len(drawn)).to(images.device), (index % len(drawn)).to(images.device)
@@ -139,15 +143,6 @@ class RISE(_Perturbing):
 
             map_batches(add, torch.arange(len(images) * len(drawn)), batch_size=size)
         return total / (self.masks * self.chance)
-
-    def _drawn(self, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-        steps = [-(-side // self.cells) for side in (height, width)]
-        grid = (torch.rand((count, 1, self.cells, self.cells), generator=generator) < self.chance).float()
-        large = interpolate(
-            grid, [(self.cells + 1) * step for step in steps], mode="bilinear", align_corners=False
-        )[:, 0]  # fmt: skip
-        shifts = torch.stack([torch.randint(step, (count,), generator=generator) for step in steps], 1).tolist()
-        return torch.stack([one[y : y + height, x : x + width] for one, (y, x) in zip(large, shifts, strict=True)])
 
 
 class MeaningfulPerturbation(_Perturbing):
@@ -205,7 +200,7 @@ class MeaningfulPerturbation(_Perturbing):
         height, width = x.shape[2:]
         cells = self.cells or max(8, min(height, width) // 8)
         raw = torch.full((len(x), 1, cells, cells), 3.0, dtype=x.dtype, device=x.device, requires_grad=True)
-        optimizer = torch.optim.Adam([raw], lr=self.lr)
+        optimizer = torch.optim.Adam([raw], lr=self.lr, eps=1e-4)  # rounding must not be blown up to a step
         with torch.enable_grad():
             for _ in range(self.iterations):
                 mask = raw.sigmoid()
@@ -267,6 +262,15 @@ class CAM(_Perturbing):
             return interpolate(maps[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
         return map_batches(one, torch.arange(len(images)), batch_size=size).detach().to(images.device)
+
+
+def _enlarged(grids: Tensor, shifts: Tensor, height: int, width: int) -> Float[Tensor, "masks height width"]:
+    """Grids enlarged by a cell more than the image, and cut at a random place within the first cell."""
+    cells = grids.shape[2]
+    steps = [-(-side // cells) for side in (height, width)]
+    large = interpolate(grids, [(cells + 1) * step for step in steps], mode="bilinear", align_corners=False)[:, 0]
+    places = (shifts * torch.tensor(steps)).long().tolist()
+    return torch.stack([one[y : y + height, x : x + width] for one, (y, x) in zip(large, places, strict=True)])
 
 
 def _is_mean(pooled: Tensor, grid: Tensor) -> bool:
