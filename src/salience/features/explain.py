@@ -227,10 +227,12 @@ def _measure(
     for number, (name, attribution) in enumerate(attributions.items()):
         tell("random weights", number, len(attributions))
         lowest = weight_layers(attribution.forward_func)[:1]  # a cascade down to it draws all weights anew
-        found = randomization_check(
-            attribution, pixels[:_RANDOMISED_ON], layers=lowest, batch_size=batch_size,
-            generator=torch.Generator().manual_seed(random_state),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # flat maps of random weights are none of the user's
+            found = randomization_check(
+                attribution, pixels[:_RANDOMISED_ON], layers=lowest, batch_size=batch_size,
+                generator=torch.Generator().manual_seed(random_state),
+            )  # fmt: skip
         randomised[name] = found[lowest[0]].spearman
     tell("random weights", len(attributions), len(attributions))
     result.proofs = map_proofs(

@@ -179,10 +179,9 @@ class LayerSaliency(Attribution):
         flat = torch.stack([is_flat(one) for one in maps])
         if bool(flat.any()):
             names = [name or "the input" for name, row in zip(self.layers, flat) if bool(row.any())]
-            warnings.warn(
-                f"flat maps at {', '.join(names)} ({int(flat.sum())} of {flat.numel()}) point nowhere and become 0; "
-                "an earlier layer may tell more", stacklevel=6,
-            )  # fmt: skip
+            hint = "nothing there speaks for the class" if self.relu else "an earlier layer may tell more"
+            count = f"{int(flat.sum())} of {flat.numel()}"
+            warnings.warn(f"flat maps at {', '.join(names)} ({count}) point nowhere and become 0; {hint}", stacklevel=7)
             maps = [one.masked_fill(row[:, None, None], 0.0) for one, row in zip(maps, flat, strict=True)]
         if self.upsample:
             size = inputs.shape[2:]
