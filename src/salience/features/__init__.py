@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from salience.features.study.localisation import best_threshold, energy_inside, localised, pointing
     from salience.features.study.perturbing import CAM, RISE, MeaningfulPerturbation
     from salience.features.study.suite import attribution_suite
+    from salience.features.study.trust import MapTrust, TrustReport, trust_report
 
 # A file never bears the name of something exported: importing the file would put the module in its place.
 _WHERE: dict[str, str] = {
@@ -52,6 +53,7 @@ _WHERE: dict[str, str] = {
     "pointing": "study.localisation",
     "CAM": "study.perturbing", "MeaningfulPerturbation": "study.perturbing", "RISE": "study.perturbing",
     "attribution_suite": "study.suite",
+    "MapTrust": "study.trust", "TrustReport": "study.trust", "trust_report": "study.trust",
 }  # fmt: skip
 __all__ = [
     "BEE",
@@ -70,12 +72,14 @@ __all__ = [
     "LinearApproximation",
     "LogisticThompson",
     "LogitsModel",
+    "MapTrust",
     "MeaningfulPerturbation",
     "MetaSaliency",
     "NormGrad",
     "PointingGame",
     "RandomSmoothMap",
     "Randomised",
+    "TrustReport",
     "adversarial_fit",
     "attribute_batches",
     "attribution_suite",
@@ -95,6 +99,7 @@ __all__ = [
     "randomization_check",
     "score_maps",
     "spatial_layers",
+    "trust_report",
     "weight_layers",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -92,6 +92,9 @@ class BEE(Attribution):
         [D]. They are standardised, divided by the root of d and joined by a 1.
     draws : int
         T: maps drawn per image; 100 in the reference code [C].
+    finetune : bool
+        Let the bandit learn on from the draws of each image that is explained, after `fit`; each image starts from
+        what `fit` left.
     n_steps : int
         Steps of the path; 4 in the reference code [C].
     integrand : {"relu_grad_act", "grad_act", "ig"}
@@ -125,6 +128,7 @@ class BEE(Attribution):
         families: Sequence[str] | None = None,
         context: Callable[[Tensor], Tensor] | None = None,
         draws: int = 100,
+        finetune: bool = False,
         n_steps: int = 4,
         integrand: Integrand = "relu_grad_act",
         reward: Literal["history", "image"] = "history",
@@ -147,7 +151,7 @@ class BEE(Attribution):
         if reward not in ("history", "image"):
             raise InputError(f"reward: got {reward!r}; it must be 'history' or 'image'")
         self._splits = {name: Split(forward_func, name) for name in self.layers}
-        self.metric, self.context, self.draws = metric, context, draws
+        self.metric, self.context, self.draws, self.finetune = metric, context, draws, finetune
         self.n_steps, self.integrand = n_steps, integrand
         self.reward, self.train_draws, self.multi_label, self.fill = reward, train_draws, multi_label, fill
         self.internal_batch_size, self.random_state = internal_batch_size, random_state
@@ -233,7 +237,7 @@ class BEE(Attribution):
         additional_forward_args: Any = None,
         *,
         draws: int | None = None,
-        finetune: bool = False,
+        finetune: bool | None = None,
     ) -> Float[Tensor, "batch 1 height width"]:
         """The best map of each image, from 0 to 1; see `explain`, which also tells how it was found.
 
@@ -250,7 +254,7 @@ class BEE(Attribution):
         target: int | Sequence[int] | Int[Tensor, " batch"] | None = None,
         *,
         draws: int | None = None,
-        finetune: bool = False,
+        finetune: bool | None = None,
         all_metrics: bool = True,
     ) -> list[BEEResult]:
         """Draw maps of each image and keep the best under the measure.
@@ -263,8 +267,8 @@ class BEE(Attribution):
         draws : int, optional
             Maps drawn per image instead of the T of the constructor. Before `fit` families are drawn with equal
             chance.
-        finetune : bool
-            Let the bandit learn on from the draws of the image itself; each image starts from what `fit` left.
+        finetune : bool, optional
+            Instead of that of the constructor.
         all_metrics : bool
             Also score the chosen map by every other measure.
 
@@ -274,6 +278,7 @@ class BEE(Attribution):
             Shapes do not fit, an option is out of range, or `finetune` before `fit`.
         """
         draws = self.draws if draws is None else draws
+        finetune = self.finetune if finetune is None else finetune
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise InputError(f"draws: got {draws!r}; it must be an integer of at least 1")
         if inputs.ndim != 4 or len(inputs) == 0:
@@ -331,6 +336,26 @@ class BEE(Attribution):
                 bisect.insort(history, float(best))
                 bandit.update(arm, phi, self._success(best, history, rng))
         return np.array(names), torch.cat(maps), np.concatenate(scores)
+
+    def best_of(self, images: Tensor, maps: Tensor, target: Any = None) -> Float[Tensor, "batch height width"]:
+        """Of several maps of each image the best under this measure, as `explain` would choose: equal trials.
+
+        Parameters
+        ----------
+        images : Tensor (batch, channels, height, width)
+        maps : Tensor (batch, draws, height, width)
+            From anywhere, such as random ones.
+        target : optional
+            As in `explain`.
+        """
+        with training_mode(self.model, False):
+            classes = self._targets(images, target)
+            chosen = []
+            for x, own, label in zip(images, maps, classes, strict=True):
+                scores = self._scored(x[None], own, label, self.metric)
+                known = np.where(np.isfinite(scores), scores, -np.inf if self._higher else np.inf)
+                chosen.append(own[int(known.argmax() if self._higher else known.argmin())])
+        return torch.stack(chosen)
 
     # ---- maps and scores -------------------------------------------------------------------------------
 
