@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,12 +80,15 @@ def saliency(
     with OutputFolder(out, overwrite) as folder:
         pixels, classes, agree = _inputs(loaded.model, pictures, wanted, batch_size)
         methods, left_out = _methods(loaded.model, names, layer, pixels, samples, batch_size, seed)
-        with _bars() as advance:
+        with _bars() as advance, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             result = trust_report(
                 loaded.model, pixels, classes, methods, measures, randomise=randomise, steps=steps,
                 batch_size=batch_size * 2, random_state=seed, progress=advance,
             )  # fmt: skip
-        result.notes += left_out
+        result.notes += left_out + list(
+            dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning)
+        )
         settings = {
             "command": "verify saliency", "model": model, "images": list(images), "methods": list(methods),
             "metrics": measures, "layer": layer, "target": target, "seed": seed, "steps": steps, "samples": samples,

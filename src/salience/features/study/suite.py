@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from salience.errors import InputError, nearest
 from salience.features.attribution import LogitsModel, default_layers
 from salience.features.baselines import CentreMap, EdgeMap, RandomSmoothMap
+from salience.features.normgrad.saliency import GradCAM
 from salience.features.study.perturbing import CAM, RISE, MeaningfulPerturbation
 from salience.model.at import training_mode
 from salience.model.batches import map_batches
@@ -46,9 +46,9 @@ def attribution_suite(
     """The methods by name, each as a function from images and classes to maps.
 
     Gradient methods explain the logit, and give the sum of absolute values over colours for the bare gradient, the
-    sum of values for the others. They come from captum, as do Grad-CAM and LIME (on squares of an eighth of the
-    side); RISE, meaningful perturbation and CAM are ours. Every function leaves the model as it was, is
-    deterministic, and halves its batches when memory runs out.
+    sum of values for the others. They come from captum, as does LIME (on squares of an eighth of the side);
+    Grad-CAM, which also reads the tokens of vision transformers, RISE, meaningful perturbation and CAM are ours.
+    Every function leaves the model as it was, is deterministic, and halves its batches when memory runs out.
 
     Supported: image classifiers that return logits, alone or in a `ModelOutput`; "cam" is left out where it is not
     defined, see `CAM`.
@@ -105,7 +105,7 @@ def attribution_suite(
             MeaningfulPerturbation(model, iterations=max(1, samples // 2), multi_label=multi_label)
         ),
         "cam": lambda: _cam(model, str(layer), example, asked=names is not None),
-        "grad-cam": lambda: _grad_cam(logits, model.get_submodule(str(layer)), batch_size),
+        "grad-cam": lambda: _ours(GradCAM(model, layer)),
         "random": lambda: _ours(RandomSmoothMap(model, random_state=random_state)),
         "centre": lambda: _ours(CentreMap(model)),
         "edges": lambda: _ours(EdgeMap(model)),
@@ -188,21 +188,6 @@ def _lime(logits: LogitsModel, draw: dict[str, int], multi_label: bool) -> MapFu
                     )  # fmt: skip
                 found.append(weights[:, 0])
         return torch.cat(found).to(images)
-
-    return maps
-
-
-def _grad_cam(logits: LogitsModel, layer: nn.Module, batch: int) -> MapFunction:
-    method = captum.attr.LayerGradCam(logits, layer)
-
-    def maps(images: Tensor, classes: Tensor) -> Tensor:
-        def one(index: Tensor) -> Tensor:
-            rows = index.to(images.device)
-            found = method.attribute(images[rows].detach(), target=classes[rows], relu_attributions=True).detach()
-            return interpolate(found, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-
-        with training_mode(logits, False), torch.enable_grad():
-            return map_batches(one, torch.arange(len(images)), batch_size=batch).to(images)
 
     return maps
 
