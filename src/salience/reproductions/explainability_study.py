@@ -2,8 +2,8 @@
 Grad-CAM hardly changes, and insertion scores follow confidence.
 
 Substitute for the paper's twelve ImageNet networks: one small network with batch normalisation on canvases of two
-scikit-learn digits, in four trainings: plain; fine-tuned against PGD in the maximum norm; by AdvProp; and with as much
-random noise. The figures of the paper could not be read; its findings are in the abstract.
+scikit-learn digits, which go four ways from one start: plain; against PGD in the maximum norm; by AdvProp; and with as
+much random noise. The figures of the paper could not be read; its findings are in the abstract.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from salience.features import BenchResult
 
 EPS, STEPS = 0.05, 2
-SCENES, EPOCHS = 6000, 8
-TUNING, TUNING_EPOCHS = 4000, 5
+NOISE = 0.15  # on every pixel: three scenes in four are solved then, and the networks are not too sure
+SCENES, EPOCHS, TUNING_EPOCHS = 3000, 4, 3
 MEASURES = (
     "insertion", "insertion, normalised", "deletion", "deletion, normalised", "pointing", "localisation", "energy",
 )  # fmt: skip
@@ -62,40 +62,45 @@ def build(seed: int) -> nn.Module:
     return nn.Sequential(layers)
 
 
+def train_start(model: nn.Module, seed: int) -> None:
+    """What all twins begin with: 3,000 scenes, each digit's output by itself."""
+    _fit(model, seed, "vanilla", EPOCHS, 2e-3)
+
+
 def train_plain(model: nn.Module, seed: int) -> None:
-    """6,000 scenes, each digit's output by itself."""
-    _fit(model, seed, "vanilla", SCENES, EPOCHS, 2e-3)
+    """As many steps more on the scenes as the others take."""
+    _tune(model, seed, "vanilla")
 
 
 def train_robust(model: nn.Module, seed: int) -> None:
-    """From the plain network on, against attacks."""
+    """Against attacks."""
     _tune(model, seed, "pgd")
 
 
 def train_advprop(model: nn.Module, seed: int) -> None:
-    """From the plain network on, clean and attacked images with normalisations of their own."""
+    """Clean and attacked scenes with normalisations of their own."""
     _tune(model, seed, "advprop")
 
 
 def train_noise(model: nn.Module, seed: int) -> None:
-    """From the plain network on, with random noise as large as the attacks."""
+    """With random noise as large as the attacks."""
     _tune(model, seed, "noise")
 
 
-PLAIN = zoo.Recipe(build, train_plain)
+START = zoo.Recipe(build, train_start)
 TRAINED = {
-    "plain": PLAIN, "robust": zoo.Recipe(build, train_robust), "advprop": zoo.Recipe(build, train_advprop),
-    "noise": zoo.Recipe(build, train_noise),
+    "plain": zoo.Recipe(build, train_plain), "robust": zoo.Recipe(build, train_robust),
+    "advprop": zoo.Recipe(build, train_advprop), "noise": zoo.Recipe(build, train_noise),
 }  # fmt: skip
 
 
 def _tune(model: nn.Module, seed: int, recipe: str) -> None:
-    model.load_state_dict(zoo.trained(PLAIN, seed).state_dict())
-    _fit(model, seed, recipe, TUNING, TUNING_EPOCHS, 1e-3)
+    model.load_state_dict(zoo.trained(START, seed).state_dict())
+    _fit(model, seed, recipe, TUNING_EPOCHS, 1e-3)
 
 
-def _fit(model: nn.Module, seed: int, recipe: str, count: int, epochs: int, lr: float) -> None:
-    scenes = canvas.scenes(count, seed)
+def _fit(model: nn.Module, seed: int, recipe: str, epochs: int, lr: float) -> None:
+    scenes = canvas.scenes(SCENES, seed, noise=NOISE)
 
     def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(parameters, lr=lr)
@@ -103,7 +108,7 @@ def _fit(model: nn.Module, seed: int, recipe: str, count: int, epochs: int, lr: 
     adversarial_fit(
         model, torch.from_numpy(scenes.images), torch.from_numpy(scenes.multi_hot()), recipe=recipe,  # type: ignore[arg-type]
         optimizer=adam, epochs=epochs, generator=torch.Generator().manual_seed(seed), eps=EPS, steps=STEPS,
-        loss=binary_cross_entropy_with_logits, bounds=None, batch_size=32, milestones=(epochs - 2,),
+        loss=binary_cross_entropy_with_logits, bounds=None, batch_size=32, milestones=(epochs - 1,),
     )  # fmt: skip
 
 
@@ -114,7 +119,7 @@ def reproduce(run: Run) -> Outcome:
     for name in RECIPES:
         run.step(f"training: {name}")
         models[name] = build(run.seed).eval() if run.smoke else zoo.trained(TRAINED[name], run.seed)
-    scenes = canvas.scenes(setting.images, run.seed, part="test")
+    scenes = canvas.scenes(setting.images, run.seed, part="test", noise=NOISE)
     images, hot = torch.from_numpy(scenes.images), torch.from_numpy(scenes.multi_hot())
     targets, boxes = torch.from_numpy(scenes.labels[:, 0]), scenes.boxes[:, 0]
 
