@@ -68,7 +68,11 @@ def write_page(result: Explained, images: ImageSet, settings: Mapping[str, Any],
         blocks += _verdicts(report, result)
     blocks += [
         report.heading("Images and their maps"),
-        report.figure(_maps(result, images), "Each image, and what each method makes of it. Brighter matters more."),
+        report.figure(
+            _maps(result, images),
+            "Each image, and what each method makes of it; brighter matters more. Beside it the class explained, its "
+            "probability, and the label where it is another one.",
+        ),
     ]
     if result.runs:
         blocks += _curves(report, result)
@@ -142,7 +146,7 @@ def _maps(result: Explained, images: ImageSet) -> Figure:
         for column, name in enumerate(names, 1):
             axes[row, column].imshow(overlay(picture, result.maps[name][i].numpy()))
             if row == 0:
-                axes[row, column].set_title(name, fontsize=9)
+                axes[row, column].set_title(name.replace("integrated-", "integrated-\n"), fontsize=9)
     for one in axes.flat:
         one.set_xticks([])
         one.set_yticks([])
@@ -151,14 +155,16 @@ def _maps(result: Explained, images: ImageSet) -> Figure:
 
 
 def _title(result: Explained, images: ImageSet, i: int) -> str:
-    explained, names = int(result.classes[i]), images.class_names
-    name = names[explained] if names is not None and explained < len(names) else f"class {explained}"
-    if len(name) > 18:
-        name = name[:17] + "…"
-    lines = [name, f"p = {float(result.probabilities[i]):.2f}"]
-    if images.labels is not None and int(images.labels[i]) != explained:
-        lines.append(f"(label: {int(images.labels[i])})")
+    lines = [_class_name(images, int(result.classes[i])), f"p = {float(result.probabilities[i]):.2f}"]
+    if images.labels is not None and int(images.labels[i]) != int(result.classes[i]):
+        lines.append(f"({_class_name(images, int(images.labels[i]))})")
     return "\n".join(lines)
+
+
+def _class_name(images: ImageSet, number: int) -> str:
+    names = images.class_names
+    name = names[number] if names is not None and number < len(names) else f"class {number}"
+    return name if len(name) <= 18 else f"{name[:17]}…"
 
 
 def _spread(count: int, wanted: int) -> list[int]:

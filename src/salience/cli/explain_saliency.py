@@ -220,9 +220,9 @@ def _write_maps(folder: Any, result: Explained, images: ImageSet) -> None:
 
 
 def _print_plan(model, images, chosen, layers, measure, steps, as_json) -> None:
-    from salience.features.explain import BASELINES, _made
+    from salience.features.explain import BASELINES, attributions_for
 
-    _, places = _made(model, images, chosen, layers, {})
+    _, places = attributions_for(model, images, chosen, layers, {})
     measured = min(measure, len(images))
     plan = {
         "images": len(images), "image_size": list(images[0][0].shape), "layers": places,

@@ -128,7 +128,7 @@ def explain(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         classes, probabilities, predicted = _predictions(model, watched("predictions"), images, target, batch_size)
-        attributions, places = _made(model, images, methods, layers, options or {})
+        attributions, places = attributions_for(model, images, methods, layers, options or {})
         chosen = np.linspace(0, n - 1, min(measure, n)).round().astype(int).tolist() if measure else []
         learned = [_learned(name, each, images, chosen, tell) for name, each in attributions.items()]
         maps = {}
@@ -186,13 +186,14 @@ def _predictions(
     return found[:, 0], shares, found[:, 1]
 
 
-def _made(
+def attributions_for(
     model: nn.Module,
     images: ImageSet,
     methods: Mapping[str, SaliencyMethod],
     layers: Sequence[str],
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Attribution], dict[str, list[str]]]:
+    """Each method's attribution, and the layers that it looks at (arguments as in `explain`)."""
     own: list[str] = list(layers)
     if not own and any(method.layers != "none" for method in methods.values()):
         first = torch.stack([images[i][0] for i in range(min(2, len(images)))])
