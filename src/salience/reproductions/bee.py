@@ -4,6 +4,9 @@ learned choice of baselines beats a uniform one.
 Substitute for the paper's ImageNet networks: a small network on canvases of two scikit-learn digits, one layer, the
 complete integrand, insertion as the measure, ten draws for the paper's hundred. The paper's tables could not be read;
 its claim that other measures prefer other families is reported here and not judged.
+
+At the judging seeds the learned choice does not beat a uniform one every time: on these networks the families differ
+by 0.04 to 0.08 of insertion at one draw, which leaves little to gain and much to the draw.
 """
 
 from __future__ import annotations
