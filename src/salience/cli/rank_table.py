@@ -74,8 +74,8 @@ def table(
     """
     from salience.errors import InputError, NothingToDo
     from salience.features import rank_table
-    from salience.features.outrank.ranking import MISSING
     from salience.features.outrank.proof import prove
+    from salience.features.outrank.ranking import MISSING
     from salience.io import Output, TableReader
 
     if top is not None and top < 1:

@@ -65,7 +65,7 @@ def saliency(
     """
     from salience.cli.explain_saliency import _bars, _device, _numbers, _size, _target
     from salience.features.study.trust import trust_report
-    from salience.io import OutputFolder
+    from salience.io import Output
     from salience.model import load, read_images
 
     names, measures, randomise = _chosen(method, metric)
@@ -77,7 +77,7 @@ def saliency(
     processor = getattr(loaded.processor, "image_processor", loaded.processor)
     own = shape is not None or means is not None
     pictures = read_images(images, None if own else processor, size=shape, mean=means, std=spreads, limit=limit)
-    with OutputFolder(out, overwrite) as folder:
+    with Output(out, overwrite, [model, *images], folder=True) as folder:
         pixels, classes, agree = _inputs(loaded.model, pictures, wanted, batch_size)
         methods, left_out = _methods(loaded.model, names, layer, pixels, samples, batch_size, seed)
         with _bars() as advance, warnings.catch_warnings(record=True) as caught:
