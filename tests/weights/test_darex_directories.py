@@ -80,7 +80,7 @@ def test_a_directory_is_pruned_as_a_model_in_memory(family, tmp_path):
     pair = check_pair(tmp_path / "base", tmp_path / "tuned")
     pruner = DeltaPruner(rate=0.8, rescale=0.5, random_state=4).fit(base, tuned)
     assert set(pair.names) == set(pruner.names_)
-    assert pair.stats.std == pytest.approx(pruner.delta_stats_.std, rel=1e-5)
+    assert pair.stats is not None and pair.stats.std == pytest.approx(pruner.delta_stats_.std, rel=1e-5)
     prune_directory(
         tmp_path / "base", tmp_path / "tuned", tmp_path / "out", pair.names, rate=0.8, q=0.5, seed=pruner._final_seed
     )

@@ -28,13 +28,23 @@ class Pair(NamedTuple):
 
     names: list[str]
     decoder: bool
-    stats: DeltaStats
+    stats: DeltaStats | None
 
 
-def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Sequence[str] = HEADS) -> Pair:
-    """Check that two directories are a base and its fine-tuned model; reads the weights once.
+def check_pair(
+    base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Sequence[str] = HEADS, look: bool = True
+) -> Pair:
+    """Check that two directories are a base and its fine-tuned model.
 
     The vocabulary may have grown: then the rows of new tokens stay as fine-tuned.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+    exclude : sequence of str
+        Tensors that are not compared: the head.
+    look : bool
+        Read the weights once, for the statistics and to see that the delta is finite.
 
     Raises
     ------
@@ -49,7 +59,7 @@ def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Se
         _same_tensors(before, after, exclude, grown)
         names = [name for name in prunable(after.entries, decoder=decoder, exclude=exclude) if _real(after, name)]
         sums = StatsSum()
-        for name in names:
+        for name in names if look else ():
             shared = before.entries[name].size
             for start, stop in before.entries[name].pieces(BLOCK):
                 old, new = before.read(name, start, stop), after.read(name, start, min(stop, shared))
@@ -58,7 +68,7 @@ def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Se
                 sums.add(name, old, new)
     if not names:
         raise InputError("exclude: leaves no tensor to prune")
-    return Pair(names, decoder, sums.result())
+    return Pair(names, decoder, sums.result() if look else None)
 
 
 def prune_directory(
@@ -201,7 +211,7 @@ def merge_directories(
                 return first  # counters and indices: those of the first model
             stop = start + len(first)
             old = _base_piece(before, name, start, stop)
-            result = torch.zeros(len(first)) if old is None else old.clone()
+            result = torch.zeros(0) if old is None else old.clone()
             for number, (store, share) in enumerate(zip(stores, shares, strict=True)):
                 part = (first if number == 0 else store.read(name, start, stop)).float()
                 factor = share / total if old is None else share
@@ -210,7 +220,7 @@ def merge_directories(
                     if name in pruned:
                         part = _thinned(part, seed + number, name, start, rate)
                         factor /= divisors[name]
-                result.add_(part, alpha=factor)
+                result = result.add_(part, alpha=factor) if len(result) else part.mul_(factor)
             return result
 
         return rewrite(models[0], out, merged, block=BLOCK, overwrite=overwrite)
@@ -219,7 +229,8 @@ def merge_directories(
 def _thinned(delta: Tensor, seed: int, name: str, start: int, rate: float) -> Tensor:
     """A flat piece without the entries that are dropped; `start` is a multiple of BLOCK."""
     mask = keep_block(seed, name, start // BLOCK, len(delta), 1 - rate)
-    return delta.mul_(torch.from_numpy(mask))
+    np.multiply(delta.numpy(), mask, out=delta.numpy())  # several times as fast as torch's with a boolean
+    return delta
 
 
 def _real(store: TensorStore, name: str) -> bool:

@@ -108,6 +108,7 @@ def compress_delta(
         step("choosing q")
         result = _chosen(base, tuned, pair, chosen, folder, method, rate, rescale, selection, exclude, seed)
         result.out, result.stats = os.fspath(out), pair.stats
+        assert pair.stats is not None
         result.recommendation = recommend(
             pair.stats, can_train=False, has_labels=evaluation is not None, decoder=pair.decoder
         )
