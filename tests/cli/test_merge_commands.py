@@ -67,7 +67,9 @@ def test_compress_delta_measures_itself_and_prints_that_first(run, models):
     )  # fmt: skip
     assert code == 0, err
     first = out.splitlines()[0]
-    assert first.startswith("Darex is ") and "dare here: bits per token" in first and "95 % interval" in first
+    assert first.startswith("Darex is ") and "here: bits per token" in first and "95 % interval" in first
+    scores = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line[:4] in ("dare", "magn")}
+    assert f"{min(('dare', 'magnitude'), key=scores.get)} here" in first  # the strongest rival decides
     for name in ("fine-tuned", "darex", "dare", "magnitude", "base"):
         assert any(line.startswith(name) for line in out.splitlines()), name
     assert "darex: one q for all layers by validation" in out

@@ -41,7 +41,7 @@ class Changed:
     comparison : Comparison or None
         The result under the name of its method, beside inputs and baselines.
     against : str
-        The baseline that decides.
+        The baseline that decides: the best one of equal size.
     stats : DeltaStats or None
     recommendation : Recommendation or None
     search : list of (float, float)
@@ -125,7 +125,7 @@ def compress_delta(
             if _same_names(base, tuned):
                 models["base"] = base
             result.comparison = compare(measured, models)
-            result.against = "magnitude" if method == "dare" else "dare"
+            result.against = _best(result.comparison, [name for name in ("dare", "magnitude") if name != method])
         step("writing")
         if Path(out).suffix == ".safetensors":
             _write_delta(base, tuned, Path(out), pair, method, rate, result.q, exclude, seed, overwrite)
@@ -193,7 +193,6 @@ def merge_deltas(
             found = search(judge, 1 - rate, 1.0, min(0.2, 5 * (1 - rate)))
             q, tried, branch = found.best, found.trials, f"darex: one q for all layers by validation: {found.best:g}"
         result = Changed(os.fspath(out), method, q, branch, search=tried)
-        result.against = "dare" if method == "darex" else "mean"
         if measured is not None:
             step("measuring")
             shown: dict[str, Any] = {method: merged(folder / "merged", method, q)}
@@ -204,13 +203,16 @@ def merge_deltas(
             for number, directory in enumerate(directories):
                 shown[f"model {number + 1}"] = directory
             result.comparison = compare(measured, shown)
-            if method == "linear":
-                scores = {name: float(values.mean()) for name, values in result.comparison.scores.items()}
-                rest = [name for name in scores if name != method]
-                result.against = (max if measured.higher_is_better else min)(rest, key=lambda name: scores[name])
+            rivals = [name for name in ("mean", "dare") if name in shown] or [n for n in shown if n != method]
+            result.against = _best(result.comparison, rivals)
         step("writing")
         merged(Path(out), method, q, overwrite)
     return result
+
+
+def _best(comparison: Comparison, names: Sequence[str]) -> str:
+    sign = 1 if comparison.higher_is_better else -1
+    return max(names, key=lambda name: sign * float(comparison.scores[name].mean()))
 
 
 def _parts(evaluation: Evaluation | None) -> tuple[Evaluation | None, Evaluation | None]:
