@@ -68,7 +68,8 @@ def test_compress_delta_measures_itself_and_prints_that_first(run, models):
     assert code == 0, err
     first = out.splitlines()[0]
     assert first.startswith("Darex is ") and "here: bits per token" in first and "95 % interval" in first
-    scores = {line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line[:4] in ("dare", "magn")}
+    rows = [line.split() for line in out.splitlines() if line.split()]
+    scores = {row[0]: float(row[1]) for row in rows if row[0] in ("dare", "magnitude")}
     assert f"{min(('dare', 'magnitude'), key=scores.get)} here" in first  # the strongest rival decides
     for name in ("fine-tuned", "darex", "dare", "magnitude", "base"):
         assert any(line.startswith(name) for line in out.splitlines()), name

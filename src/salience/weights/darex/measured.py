@@ -203,7 +203,9 @@ def merge_deltas(
             for number, directory in enumerate(directories):
                 shown[f"model {number + 1}"] = directory
             result.comparison = compare(measured, shown)
-            rivals = [name for name in ("mean", "dare") if name in shown] or [n for n in shown if n != method]
+            rivals: list[str] = [name for name in shown if name in ("mean", "dare")] or [
+                n for n in shown if n != method
+            ]
             result.against = _best(result.comparison, rivals)
         step("writing")
         merged(Path(out), method, q, overwrite)
