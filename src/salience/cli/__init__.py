@@ -10,7 +10,18 @@ import typer
 
 from salience import __version__
 from salience._lazy import missing_extra
-from salience.cli import compress_delta, merge_delta, merge_permute, papers, reproduce, select_text, verbs
+from salience.cli import (
+    compress_delta,
+    explain_saliency,
+    merge_delta,
+    merge_permute,
+    papers,
+    rank_table,
+    reproduce,
+    select_text,
+    verbs,
+    verify_output,
+)
 from salience.cli._say import say
 from salience.errors import SalienceError
 
@@ -22,7 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (select_text, compress_delta, merge_delta, merge_permute)  # importing a command's file hangs it on its verb
+# Importing a command's file hangs it on its verb.
+_COMMANDS = (compress_delta, explain_saliency, merge_delta, merge_permute, rank_table, select_text, verify_output)
 for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:
         app.add_typer(_verb, name=_name)
