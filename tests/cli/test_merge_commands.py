@@ -242,3 +242,60 @@ def test_overwrite_replaces(run, models):
     merged, two = load(models / "out").model, load(models / "two").model
     for name, parameter in two.named_parameters():
         torch.testing.assert_close(merged.get_parameter(name), parameter)
+
+
+def test_only_an_earlier_output_is_replaced(run, models, networks, tmp_path):
+    """A directory of the user's own survives --overwrite, and nothing is computed before it is refused."""
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    build("gpt2").save_pretrained(tmp_path / "other")  # a model, but not one that we wrote
+    before = {name: directory_hash(tmp_path / name) for name in ("mine", "other")}
+    for command in (
+        ["compress", "delta", models / "base", models / "one", "--rescale", "1"],
+        ["merge", "delta", models / "one", models / "two"],
+        ["merge", "permute", models / "one", models / "two", "--input-shape", "4"],
+    ):
+        for name in before:
+            code, _, err = run(*command, "--overwrite", "-o", tmp_path / name)
+            assert code == 2 and "not replaced" in err.replace("\n", " "), (command, err)
+    assert {name: directory_hash(tmp_path / name) for name in before} == before
+
+
+@pytest.mark.parametrize("name", ["base", "one", "two", "one/inside", ".", "delta.safetensors"])
+def test_an_input_is_never_the_output(run, models, name):
+    file = models / "delta.safetensors"
+    code, _, err = run("compress", "delta", models / "base", models / "two", "--rate", "0", "--method", "dare", "-o", file)
+    assert code == 0, err
+    before = {each: directory_hash(models / each) for each in ("base", "one", "two")} | {"file": file.read_bytes()}
+    for command in (
+        ["compress", "delta", models / "base", models / "one", "--rescale", "1"],
+        ["merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "task"],
+        ["merge", "delta", models / "one", file, "--base", models / "base", "--method", "task"],
+        ["merge", "permute", models / "one", models / "two", models / "base", "--evaluate", models / "text.jsonl"],
+    ):
+        if command[1] == "delta" and command[0] == "compress" and name in ("two", "delta.safetensors"):
+            continue
+        if command[1] == "permute" and name == "delta.safetensors":
+            continue
+        if file in command and name == "two":
+            continue
+        code, _, err = run(*command, "--overwrite", "-o", models / name)
+        assert code == 2 and "Traceback" not in err, (command, err)
+    assert {each: directory_hash(models / each) for each in ("base", "one", "two")} | {
+        "file": file.read_bytes()
+    } == before
+
+
+def test_outputs_have_a_manifest_that_holds(run, models):
+    from salience.io import verify_output
+
+    assert run("merge", "delta", models / "one", models / "two", "-o", models / "out")[0] == 0
+    verify_output(models / "out")
+    again = ["merge", "delta", models / "out", models / "two", "-o", models / "again"]  # an output as an input
+    assert run(*again)[0] == 0
+    verify_output(models / "again")
+    load(models / "again")
+    pruned = ["compress", "delta", models / "base", models / "again", "--rescale", "1", "-o", models / "pruned"]
+    assert run(*pruned, "--evaluate", models / "text.jsonl")[0] == 0
+    verify_output(models / "pruned")

@@ -326,7 +326,23 @@ def test_the_tuned_model_is_left_alone(tmp_path):
     write("llama", tmp_path / "tuned", 1)
     save("llama", tmp_path / "base")
     pair = check_pair(tmp_path / "base", tmp_path / "tuned")
-    with pytest.raises(InputError, match="exists"):
+    with pytest.raises(InputError, match="must not contain"):
         prune_directory(tmp_path / "base", tmp_path / "tuned", tmp_path / "base", pair.names, rate=0.5)
     for name, value in stored(tmp_path / "base").items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("name", ["base", "one", "two", "two/inside", "."])
+def test_no_input_is_ever_overwritten(name, tmp_path):
+    for each, seed in (("base", None), ("one", 1), ("two", 2)):
+        write("gpt2", tmp_path / each, seed)
+    before = {each: directory_hash(tmp_path / each) for each in ("base", "one", "two")}
+    base, one, two = (tmp_path / each for each in ("base", "one", "two"))
+    with pytest.raises(InputError, match="must not contain each other"):
+        merge_directories([one, two], tmp_path / name, base=base, method="task", overwrite=True)
+    if not name.startswith("two"):
+        pair = check_pair(base, one)
+        for method in ("random", "magnitude"):
+            with pytest.raises(InputError, match="must not contain each other"):
+                prune_directory(base, one, tmp_path / name, pair.names, rate=0.5, method=method, overwrite=True)
+    assert {each: directory_hash(tmp_path / each) for each in before} == before

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +33,7 @@ def rewrite(
     tensor_fn: Callable[..., Tensor],
     *,
     block: int | None = None,
+    inputs: Sequence[str | os.PathLike] = (),
     fingerprint: str = "",
     overwrite: bool = False,
     resume: bool = False,
@@ -56,6 +57,8 @@ def rewrite(
         For functions that act entry by entry: ``tensor_fn(name, piece, start)`` gets flat pieces of at most this
         many entries, the first of which has index `start` in the flattened tensor. It may change them in place, and
         must not keep them.
+    inputs : sequence of path-like
+        What `tensor_fn` reads besides `in_dir`: `out_dir` must lie apart from all of it.
     fingerprint : str
         What `tensor_fn` depends on (bits, seed, the other model's hash): a run is resumed only by its like.
     overwrite : bool
@@ -77,7 +80,7 @@ def rewrite(
     """
     source, out = check_directory(in_dir), Path(out_dir).resolve()
     shards = _shards(source)
-    _check_output(source, out, overwrite)
+    _check_output([source, *inputs], out, overwrite)
     partial = out.with_name(f".{out.name}.partial")
     finished = _finished(partial, source, fingerprint, overwrite, resume)
     for shard in shards:
@@ -233,9 +236,11 @@ def _shards(source: Path) -> list[str]:
     return sorted(promised)
 
 
-def _check_output(source: Path, out: Path, overwrite: bool) -> None:
-    if out == source or out.is_relative_to(source) or source.is_relative_to(out):
-        raise InputError(f"out_dir: {out} and in_dir must not contain each other")
+def _check_output(inputs: Sequence[str | os.PathLike], out: Path, overwrite: bool) -> None:
+    for name in inputs:
+        read = Path(name).resolve()
+        if out == read or out.is_relative_to(read) or read.is_relative_to(out):
+            raise InputError(f"out_dir: {out} and the input {read} must not contain each other")
     if not out.exists():
         return
     if not overwrite:

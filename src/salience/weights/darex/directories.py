@@ -98,6 +98,7 @@ def prune_directory(
     seed : int
         Of the masks; each entry is drawn from seed, name and index alone, as in `DeltaPruner`.
     overwrite : bool
+        Replace a model at `out`; never an input.
 
     Returns
     -------
@@ -118,7 +119,7 @@ def prune_directory(
                 shared.copy_(importance_delta(shared - old, rate).add_(old))
                 return new
 
-            return rewrite(tuned, out, whole, overwrite=overwrite)
+            return rewrite(tuned, out, whole, inputs=[base], overwrite=overwrite)
 
         def piece(name: str, new: Tensor, start: int) -> Tensor:
             if name not in chosen:
@@ -131,7 +132,7 @@ def prune_directory(
             pruned = old.add_(delta, alpha=1 / divisors[name])
             return torch.cat([pruned, new[stop - start :].float()]) if len(pruned) < len(new) else pruned
 
-        return rewrite(tuned, out, piece, block=BLOCK, overwrite=overwrite)
+        return rewrite(tuned, out, piece, block=BLOCK, inputs=[base], overwrite=overwrite)
 
 
 def merge_directories(
@@ -223,7 +224,8 @@ def merge_directories(
                 result = result.add_(part, alpha=factor) if len(result) else part.mul_(factor)
             return result
 
-        return rewrite(models[0], out, merged, block=BLOCK, overwrite=overwrite)
+        others = [*models[1:], *([base] if base is not None else [])]
+        return rewrite(models[0], out, merged, block=BLOCK, inputs=others, overwrite=overwrite)
 
 
 def _thinned(delta: Tensor, seed: int, name: str, start: int, rate: float) -> Tensor:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +21,7 @@ from salience.weights.darex.directories import Divisor, Pair, check_pair, merge_
 from salience.weights.darex.pruner import DeltaPruner
 from salience.weights.darex.rescaling import search
 from salience.weights.evaluation import Comparison, Evaluation, compare
+from salience.weights.model_output import model_output, put_directory, work_folder
 
 Step = Callable[[str], None]
 
@@ -101,39 +100,40 @@ def compress_delta(
         raise InputError(f"rescale: belongs to darex; {method} has none to choose")
     if method == "darex" and isinstance(rescale, str) and evaluation is None:
         raise InputError("rescale: give data or a command to choose q on, or q itself, or take method 'dare'")
-    step("checking the models")
-    pair = check_pair(base, tuned, exclude=exclude)
-    with _folder(out) as folder:
+    as_file = Path(out).suffix == ".safetensors"
+    with model_output(out, overwrite, [base, tuned], evaluation) as output:
+        work = work_folder(output)
+        step("checking the models")
+        pair = check_pair(base, tuned, exclude=exclude)
         chosen, measured = _parts(evaluation)
         step("choosing q")
-        result = _chosen(base, tuned, pair, chosen, folder, method, rate, rescale, selection, exclude, seed)
+        result = _chosen(base, tuned, pair, chosen, work, method, rate, rescale, selection, exclude, seed)
         result.out, result.stats = os.fspath(out), pair.stats
         assert pair.stats is not None
         result.recommendation = recommend(
             pair.stats, can_train=False, has_labels=evaluation is not None, decoder=pair.decoder
         )
 
-        def pruned(name: str, q: Divisor | None, how: Literal["random", "magnitude"] = "random") -> Path:
-            return prune_directory(base, tuned, folder / name, pair.names, rate=rate, q=q, method=how, seed=seed)
+        def pruned(name: str, q: Divisor | None = None) -> Path:
+            how: Literal["random", "magnitude"] = "magnitude" if name == "magnitude" else "random"
+            return prune_directory(base, tuned, work / name, pair.names, rate=rate, q=q, method=how, seed=seed)
 
+        model = pruned(method, result.q) if measured is not None or not as_file else None
         if measured is not None:
             step("measuring")
-            models: dict[str, Any] = {"fine-tuned": tuned, method: None, "dare": None, "magnitude": None}
-            models[method] = pruned(method, result.q, "magnitude" if method == "magnitude" else "random")
-            for name in {"dare", "magnitude"} - {method}:
-                models[name] = pruned(name, None, "magnitude" if name == "magnitude" else "random")
+            models: dict[str, Any] = {"fine-tuned": tuned, method: model}
+            models |= {name: pruned(name) for name in ("dare", "magnitude") if name != method}
             if _same_names(base, tuned):
                 models["base"] = base
             result.comparison = compare(measured, models)
             result.against = _best(result.comparison, [name for name in ("dare", "magnitude") if name != method])
         step("writing")
-        if Path(out).suffix == ".safetensors":
-            _write_delta(base, tuned, Path(out), pair, method, rate, result.q, exclude, seed, overwrite)
-        else:
-            how: Literal["random", "magnitude"] = "magnitude" if method == "magnitude" else "random"
-            prune_directory(
-                base, tuned, out, pair.names, rate=rate, q=result.q, method=how, seed=seed, overwrite=overwrite
-            )
+        record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": result.q, "seed": seed}
+        if as_file:
+            _write_delta(base, tuned, output.file(), pair, record)
+        elif model is not None:
+            put_directory(output, model)
+        output.commit({"command": "compress delta", **record})
     return result
 
 
@@ -166,18 +166,22 @@ def merge_deltas(
     step : callable
         Told what is done next.
     """
-    with _folder(out) as folder:
+    if Path(out).suffix == ".safetensors":
+        raise InputError(f"out: {os.fspath(out)} must name a directory: a merged model is written whole")
+    inputs = [*models, *([base] if base is not None else [])]
+    with model_output(out, overwrite, inputs, evaluation) as output:
+        work = work_folder(output)
         directories = [
-            _restored(model, base, folder / f"model {number}") if Path(model).is_file() else Path(model)
+            _restored(model, base, work / f"model {number}") if Path(model).is_file() else Path(model)
             for number, model in enumerate(models)
         ]
         chosen, measured = _parts(evaluation)
         tried: list[tuple[float, float]] = []
         branch = f"{method}: q as given" if q is not None else f"{method}: no q to choose"
 
-        def merged(to: Path, how: str, divisor: float | None, replaced: bool = False) -> Path:
+        def merged(name: str, how: str, divisor: float | None = None, replaced: bool = False) -> Path:
             return merge_directories(
-                directories, to, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
+                directories, work / name, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
                 weights=weights, rate=rate, q=divisor, exclude=exclude, seed=seed, overwrite=replaced,
             )  # fmt: skip
 
@@ -188,18 +192,20 @@ def merge_deltas(
             sign = 1 if chosen.higher_is_better else -1
 
             def judge(candidate: float) -> float:
-                return sign * float(chosen.score(merged(folder / "candidate", "darex", candidate, True)).mean())
+                return sign * float(chosen.score(merged("candidate", "darex", candidate, True)).mean())
 
             found = search(judge, 1 - rate, 1.0, min(0.2, 5 * (1 - rate)))
             q, tried, branch = found.best, found.trials, f"darex: one q for all layers by validation: {found.best:g}"
         result = Changed(os.fspath(out), method, q, branch, search=tried)
+        step("merging")
+        model = merged("merged", method, q)
         if measured is not None:
             step("measuring")
-            shown: dict[str, Any] = {method: merged(folder / "merged", method, q)}
+            shown: dict[str, Any] = {method: model}
             if method != "linear":
-                shown["mean"] = merged(folder / "mean", "linear", None)
+                shown["mean"] = merged("mean", "linear")
             if method == "darex":
-                shown["dare"] = merged(folder / "dare", "dare", None)
+                shown["dare"] = merged("dare", "dare")
             for number, directory in enumerate(directories):
                 shown[f"model {number + 1}"] = directory
             result.comparison = compare(measured, shown)
@@ -208,7 +214,9 @@ def merge_deltas(
             ]
             result.against = _best(result.comparison, rivals)
         step("writing")
-        merged(Path(out), method, q, overwrite)
+        put_directory(output, model)
+        record = {"models": [str(each) for each in models], "base": base and str(base), "weights": weights}
+        output.commit({"command": "merge delta", **record, "method": method, "rate": rate, "q": q, "seed": seed})
     return result
 
 
@@ -282,19 +290,8 @@ def _chosen(
 
 
 def _write_delta(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike,
-    out: Path,
-    pair: Pair,
-    method: str,
-    rate: float,
-    q: Divisor | None,
-    exclude: Sequence[str],
-    seed: int,
-    overwrite: bool,
+    base: str | os.PathLike, tuned: str | os.PathLike, path: Path, pair: Pair, record: Mapping[str, Any]
 ) -> None:
-    from salience.io import Output
-
     deltas, whole = {}, {}
     with TensorStore(base) as before, TensorStore(tuned) as after:
         for name, entry in after.entries.items():
@@ -306,11 +303,9 @@ def _write_delta(
             if before.entries[name].shape != entry.shape:
                 raise InputError(f"out: the vocabulary has grown ({name!r}); write a directory instead of a delta file")
             delta = after.read(name).float() - before.read(name).float()
-            deltas[name] = _thin(delta, name, method, rate, q, seed).to_sparse()
-    record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": q, "seed": seed}
-    with Output(out, overwrite) as output:
-        save_delta(output.file(), deltas, whole=whole, record=record)
-        output.commit({"command": "compress delta", **record})
+            thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["seed"])
+            deltas[name] = thinned.to_sparse()
+    save_delta(path, deltas, whole=whole, record=record)
 
 
 def _thin(delta: Tensor, name: str, method: str, rate: float, q: Divisor | None, seed: int) -> Tensor:
@@ -341,13 +336,3 @@ def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path
 def _same_names(base: str | os.PathLike, tuned: str | os.PathLike) -> bool:
     with TensorStore(base) as one, TensorStore(tuned) as two:
         return {n: e.shape for n, e in one.entries.items()} == {n: e.shape for n, e in two.entries.items()}
-
-
-@contextmanager
-def _folder(out: str | os.PathLike):
-    """A folder for models that are only measured, beside the output: the system's own may be small."""
-    parent = Path(out).resolve().parent
-    if not parent.is_dir():
-        raise InputError(f"out: folder {parent} does not exist")
-    with tempfile.TemporaryDirectory(prefix=".salience-", dir=parent) as name:
-        yield Path(name)
