@@ -299,3 +299,10 @@ def test_outputs_have_a_manifest_that_holds(run, models):
     pruned = ["compress", "delta", models / "base", models / "again", "--rescale", "1", "-o", models / "pruned"]
     assert run(*pruned, "--evaluate", models / "text.jsonl")[0] == 0
     verify_output(models / "pruned")
+
+
+def test_an_input_shape_that_the_model_does_not_take(run, networks, tmp_path):
+    for name in ("one", "two"):
+        build("vit").save_pretrained(tmp_path / name)
+    code, _, err = run("merge", "permute", tmp_path / "one", tmp_path / "two", "--input-shape", "4", "-o", tmp_path / "x")
+    assert code == 2 and "does not take shape (2, 4)" in err.replace("\n", " ") and "Traceback" not in err

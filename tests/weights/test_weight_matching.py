@@ -635,3 +635,24 @@ def test_a_pretrained_resnet_is_shuffled_and_put_back():
         torch.testing.assert_close(other(x), before, rtol=1e-4, atol=1e-4)
     back = apply_permutation(spec, match_weights(spec, state, permuted).permutations, permuted)
     assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_last_batch_of_one_is_left_out_and_a_failure_leaves_the_statistics():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    x = torch.randn(9, 4, generator=generator())
+    recalibrate_norms(model, x.split(4))  # 4, 4 and 1
+    with torch.no_grad():
+        out = model[0](x[:8])
+    torch.testing.assert_close(model[1].running_mean, out.mean(0), rtol=1e-4, atol=1e-5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for batches, match in (([x[:1]], "of one example"), ([], "none"), ([x[:4], x[:4, :2]], "shapes")):
+        with pytest.raises((InputError, RuntimeError), match=match):
+            recalibrate_norms(model, batches)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    assert model[1].momentum == 0.1
+
+
+def test_an_example_that_the_model_does_not_take():
+    with pytest.raises(InputError, match=r"example: Sequential does not take shape \(2, 9\)"):
+        infer_spec(mlp(0), torch.randn(2, 9))
