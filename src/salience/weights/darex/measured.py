@@ -109,6 +109,9 @@ def compress_delta(
         step("choosing q")
         result = _chosen(base, tuned, pair, chosen, work, method, rate, rescale, selection, exclude, seed)
         result.out, result.stats = os.fspath(out), pair.stats
+        if pair.added:
+            some = ", ".join(pair.added[:4]) + (f" and {len(pair.added) - 4} more" if len(pair.added) > 4 else "")
+            result.notes.append(f"only the fine-tuned model has {some}: kept as fine-tuned")
         assert pair.stats is not None
         result.recommendation = recommend(
             pair.stats, can_train=False, has_labels=evaluation is not None, decoder=pair.decoder

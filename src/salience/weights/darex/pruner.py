@@ -18,6 +18,7 @@ from salience.model.at import logits_of, run, training_mode
 from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, prunable
 from salience.weights.darex.diagnosis import DeltaStats, delta_stats
 from salience.weights.darex.observing import change_of, input_axes, input_statistics, outputs_of
+from salience.weights.darex.pairing import in_names_of, is_own_part
 from salience.weights.darex.rescaling import analytic_q, search
 
 _METHODS = ("darex", "dare", "magnitude", "wanda")
@@ -391,7 +392,9 @@ def _deltas(
     names = [name for name, parameter in named.items() if all(other in kept for other in aliases[id(parameter)])]
     if not names:
         raise InputError("exclude: leaves no tensor to prune")
-    before, weights = dict(base.named_parameters()), {}
+    own, weights = dict(base.named_parameters()), {}
+    before = {name: own[other] for name, other in in_names_of(own, named).items()}
+    names = [name for name in names if name in before or not is_own_part(name, before)]  # new heads stay as they are
     for name in names:
         if name not in before:
             raise DataError(f"base: has no {name!r}; exclude it if fine-tuning added it; {nearest(name, before)}")
