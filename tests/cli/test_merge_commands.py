@@ -306,3 +306,27 @@ def test_an_input_shape_that_the_model_does_not_take(run, networks, tmp_path):
         build("vit").save_pretrained(tmp_path / name)
     code, _, err = run("merge", "permute", tmp_path / "one", tmp_path / "two", "--input-shape", "4", "-o", tmp_path / "x")
     assert code == 2 and "does not take shape (2, 4)" in err.replace("\n", " ") and "Traceback" not in err
+
+
+def test_a_merge_is_judged_on_other_masks_than_it_was_chosen_on(run, models, monkeypatch):
+    from salience.weights.darex import measured
+
+    seen: dict[str, set[int]] = {}
+    original = measured.merge_directories
+
+    def spy(*arguments, seed, **options):
+        seen.setdefault(Path(arguments[1]).name, set()).add(seed)
+        return original(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(measured, "merge_directories", spy)
+    score = models / "score.py"
+    score.write_text("print(1)\n")
+    for options in (["--evaluate", models / "text.jsonl"], ["--evaluate-command", f"{sys.executable} {score} {{model}}"]):
+        seen.clear()
+        code, _, err = run(
+            "merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "darex", "--rate",
+            "0.5", "--overwrite", "-o", models / "out", *options,
+        )  # fmt: skip
+        assert code == 0, err
+        assert len(seen["candidate"]) == 1 and seen["candidate"].isdisjoint(seen["merged"] | seen["dare"])
+    assert "flatters" in err

@@ -185,6 +185,16 @@ def check_rates(p: float, q: float | None) -> float:
     return q
 
 
+def mask_seed(random_state: int, *use: int) -> int:
+    """The seed of the masks of one use: 0 what is written, (1, n) the n-th mask that q is chosen on.
+
+    Of a merge, model i adds its number. Seeds of different uses, and of different random states, share no mask.
+    """
+    if random_state < 0:
+        raise InputError(f"seed: got {random_state}; it must be at least 0")
+    return int(np.random.SeedSequence([random_state, *use]).generate_state(1, np.uint64)[0])
+
+
 def keep_mask(
     seed: int, name: str, shape: Sequence[int], keep: float, dim: int | None = None
 ) -> Bool[Tensor, "*shape"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from salience.errors import DataError, InputError, nearest
 from salience.model.shards import TensorStore, rewrite
-from salience.weights.darex.deltas import BLOCK, BUFFERS, HEADS, check_rates, importance_delta, keep_block, prunable
+from salience.weights.darex.deltas import BLOCK, BUFFERS, HEADS, check_rates, importance_delta, keep_block, mask_seed, prunable
 from salience.weights.darex.diagnosis import DeltaStats, StatsSum
 from salience.weights.darex.pairing import in_names_of, is_own_part
 
@@ -194,7 +194,7 @@ def merge_directories(
         Of darex.
     exclude : sequence of str
     seed : int
-        Model i has its own masks.
+        Model i has its own masks, which no other model and no other seed shares.
     overwrite : bool
 
     Returns
@@ -211,6 +211,7 @@ def merge_directories(
         finite.
     """
     shares = _shares(models, weights)
+    seeds = [mask_seed(seed, number) for number in range(len(models))]
     needs_base = method != "linear"
     if needs_base == (base is None):
         raise InputError(f"base: {'is needed by' if needs_base else 'means nothing to'} method {method!r}")
@@ -238,7 +239,7 @@ def merge_directories(
                 if old is not None:
                     part.sub_(old)
                     if name in pruned:
-                        part = _thinned(part, seed + number, name, start, rate)
+                        part = _thinned(part, seeds[number], name, start, rate)
                         factor /= divisors[name]
                 result = result.add_(part, alpha=factor) if len(result) else part.mul_(factor)
             return result

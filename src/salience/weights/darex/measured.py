@@ -15,15 +15,16 @@ from salience.errors import InputError
 from salience.model.loading import Loaded, load
 from salience.model.shards import TensorStore, rewrite
 from salience.weights.darex.delta_file import load_delta, save_delta
-from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask
+from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, mask_seed
 from salience.weights.darex.diagnosis import DeltaStats, Recommendation, recommend
 from salience.weights.darex.directories import Divisor, Pair, check_pair, merge_directories, prune_directory
-from salience.weights.darex.pruner import DeltaPruner
+from salience.weights.darex.pruner import DeltaPruner, is_decoder
 from salience.weights.darex.rescaling import search
 from salience.weights.evaluation import Comparison, Evaluation, compare
 from salience.weights.model_output import model_output, put_directory, work_folder
 
 Step = Callable[[str], None]
+_FLATTERS = "the same command chose q and measured it, on other masks: its figure flatters somewhat"
 
 
 @dataclass
@@ -119,8 +120,9 @@ def compress_delta(
 
         def pruned(name: str, q: Divisor | None = None) -> Path:
             how: Literal["random", "magnitude"] = "magnitude" if name == "magnitude" else "random"
-            return prune_directory(base, tuned, work / name, pair.names, rate=rate, q=q, method=how, seed=seed)
+            return prune_directory(base, tuned, work / name, pair.names, rate=rate, q=q, method=how, seed=final)
 
+        final = mask_seed(seed, 0)
         model = pruned(method, result.q) if measured is not None or not as_file else None
         if measured is not None:
             step("measuring")
@@ -133,7 +135,7 @@ def compress_delta(
         step("writing")
         record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": result.q, "seed": seed}
         if as_file:
-            _write_delta(base, tuned, output.file(), pair, record)
+            _write_delta(base, tuned, output.file(), pair, {**record, "mask seed": final})
         elif model is not None:
             put_directory(output, model)
         output.commit({"command": "compress delta", **record})
@@ -182,10 +184,10 @@ def merge_deltas(
         tried: list[tuple[float, float]] = []
         branch = f"{method}: q as given" if q is not None else f"{method}: no q to choose"
 
-        def merged(name: str, how: str, divisor: float | None = None, replaced: bool = False) -> Path:
+        def merged(name: str, how: str, divisor: float | None = None, use: int = 0, replaced: bool = False) -> Path:
             return merge_directories(
                 directories, work / name, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
-                weights=weights, rate=rate, q=divisor, exclude=exclude, seed=seed, overwrite=replaced,
+                weights=weights, rate=rate, q=divisor, exclude=exclude, seed=mask_seed(seed, use), overwrite=replaced,
             )  # fmt: skip
 
         if method == "darex" and q is None:
@@ -195,11 +197,13 @@ def merge_deltas(
             sign = 1 if chosen.higher_is_better else -1
 
             def judge(candidate: float) -> float:
-                return sign * float(chosen.score(merged("candidate", "darex", candidate, True)).mean())
+                return sign * float(chosen.score(merged("candidate", "darex", candidate, 1, True)).mean())
 
             found = search(judge, 1 - rate, 1.0, min(0.2, 5 * (1 - rate)))
             q, tried, branch = found.best, found.trials, f"darex: one q for all layers by validation: {found.best:g}"
         result = Changed(os.fspath(out), method, q, branch, search=tried)
+        if tried and chosen is not None and chosen.kind == "command":
+            result.notes.append(_FLATTERS)
         step("merging")
         model = merged("merged", method, q)
         if measured is not None:
@@ -267,19 +271,20 @@ def _chosen(
 
         def judge(q: float) -> float:
             to = folder / "candidate"
-            prune_directory(base, tuned, to, pair.names, rate=rate, q=q, seed=seed + 1, overwrite=True)
+            prune_directory(base, tuned, to, pair.names, rate=rate, q=q, seed=mask_seed(seed, 1, 0), overwrite=True)
             return sign * float(evaluation.score(to).mean())
 
         found = search(judge, 1 - rate, 1.0, min(0.05, 5 * (1 - rate)))
         result.q, result.search = found.best, found.trials
         result.branch = f"darex: one q for all layers by the command: {found.best:g}"
-        result.notes.append("the same command chose q and measured it, on other masks: its figure flatters somewhat")
+        result.notes.append(_FLATTERS)
         return result
     before, after = load(base), load(tuned)
     if set(pair.names) - {name for name, _ in after.model.named_parameters(remove_duplicate=False)}:
         rescale = "global"
         result.notes.append("the model stores its tensors under other names than it loads them: one q for all layers")
-    inputs = evaluation.inputs(after)
+    decoder = is_decoder(after.model)
+    inputs = evaluation.inputs(after, rows=100 if decoder else 50, tokens=256 if decoder else 128)  # as the authors
     way: Any = rescale
     pruner = DeltaPruner(rate=rate, rescale=way, selection=selection, exclude=exclude, random_state=seed)
     pruner.fit(
@@ -306,7 +311,7 @@ def _write_delta(
             if before.entries[name].shape != entry.shape:
                 raise InputError(f"out: the vocabulary has grown ({name!r}); write a directory instead of a delta file")
             delta = after.read(name).float() - before.read(name).float()
-            thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["seed"])
+            thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["mask seed"])
             deltas[name] = thinned.to_sparse()
     save_delta(path, deltas, whole=whole, record=record)
 
