@@ -265,7 +265,9 @@ def test_only_an_earlier_output_is_replaced(run, models, networks, tmp_path):
 @pytest.mark.parametrize("name", ["base", "one", "two", "one/inside", ".", "delta.safetensors"])
 def test_an_input_is_never_the_output(run, models, name):
     file = models / "delta.safetensors"
-    code, _, err = run("compress", "delta", models / "base", models / "two", "--rate", "0", "--method", "dare", "-o", file)
+    code, _, err = run(
+        "compress", "delta", models / "base", models / "two", "--rate", "0", "--method", "dare", "-o", file
+    )
     assert code == 0, err
     before = {each: directory_hash(models / each) for each in ("base", "one", "two")} | {"file": file.read_bytes()}
     for command in (
@@ -304,7 +306,9 @@ def test_outputs_have_a_manifest_that_holds(run, models):
 def test_an_input_shape_that_the_model_does_not_take(run, networks, tmp_path):
     for name in ("one", "two"):
         build("vit").save_pretrained(tmp_path / name)
-    code, _, err = run("merge", "permute", tmp_path / "one", tmp_path / "two", "--input-shape", "4", "-o", tmp_path / "x")
+    code, _, err = run(
+        "merge", "permute", tmp_path / "one", tmp_path / "two", "--input-shape", "4", "-o", tmp_path / "x"
+    )
     assert code == 2 and "does not take shape (2, 4)" in err.replace("\n", " ") and "Traceback" not in err
 
 
@@ -321,7 +325,10 @@ def test_a_merge_is_judged_on_other_masks_than_it_was_chosen_on(run, models, mon
     monkeypatch.setattr(measured, "merge_directories", spy)
     score = models / "score.py"
     score.write_text("print(1)\n")
-    for options in (["--evaluate", models / "text.jsonl"], ["--evaluate-command", f"{sys.executable} {score} {{model}}"]):
+    for options in (
+        ["--evaluate", models / "text.jsonl"],
+        ["--evaluate-command", f"{sys.executable} {score} {{model}}"],
+    ):
         seen.clear()
         code, _, err = run(
             "merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "darex", "--rate",
@@ -330,3 +337,25 @@ def test_a_merge_is_judged_on_other_masks_than_it_was_chosen_on(run, models, mon
         assert code == 0, err
         assert len(seen["candidate"]) == 1 and seen["candidate"].isdisjoint(seen["merged"] | seen["dare"])
     assert "flatters" in err
+
+
+def test_a_delta_file_that_could_not_be_used_is_refused_at_once(run, tmp_path):
+    """A new head, or other classes: base and delta alone would not give the model back."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"vocab_size": 30}
+    t.BertForMaskedLM(t.BertConfig(**small)).save_pretrained(tmp_path / "base")
+    t.BertForSequenceClassification(t.BertConfig(num_labels=3, **small)).save_pretrained(tmp_path / "tuned")
+    classes = t.BertConfig(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}, **small)
+    t.BertForSequenceClassification(classes).save_pretrained(tmp_path / "named")
+    options = ["--rescale", "1", "-o", tmp_path / "delta.safetensors"]
+    for base, tuned, words in (("base", "tuned", "new head"), ("tuned", "named", "id2label")):
+        code, _, err = run("compress", "delta", tmp_path / base, tmp_path / tuned, *options)
+        assert code == 2 and words in err and "name a directory" in err.replace("\n", " "), err
+    code, _, err = run(
+        "compress", "delta", tmp_path / "base", tmp_path / "tuned", "--rescale", "1", "-o", tmp_path / "dir"
+    )
+    assert code == 0 and "classifier" in err and "kept as fine-tuned" in err.replace("\n", " "), err
+    load(tmp_path / "dir")

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from salience.errors import DataError, InputError, nearest
 from salience.model.shards import TensorStore, rewrite
-from salience.weights.darex.deltas import BLOCK, BUFFERS, HEADS, check_rates, importance_delta, keep_block, mask_seed, prunable
+from salience.weights.darex.deltas import (
+    BLOCK,
+    BUFFERS,
+    HEADS,
+    check_rates,
+    importance_delta,
+    keep_block,
+    mask_seed,
+    prunable,
+)
 from salience.weights.darex.diagnosis import DeltaStats, StatsSum
 from salience.weights.darex.pairing import in_names_of, is_own_part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,8 @@ def compress_delta(
         work = work_folder(output)
         step("checking the models")
         pair = check_pair(base, tuned, exclude=exclude)
+        if as_file:
+            _check_restorable(base, tuned)
         chosen, measured = _parts(evaluation)
         step("choosing q")
         result = _chosen(base, tuned, pair, chosen, work, method, rate, rescale, selection, exclude, seed)
@@ -297,19 +300,30 @@ def _chosen(
     return result
 
 
+def _check_restorable(base: str | os.PathLike, tuned: str | os.PathLike) -> None:
+    """Refuse a delta file of a model that base and delta alone would not give back."""
+    one, two = (json.loads((Path(each) / "config.json").read_text(encoding="utf-8")) for each in (base, tuned))
+    other = [f"{key} in config.json" for key in ("architectures", "id2label") if one.get(key) != two.get(key)]
+    if not _same_names(base, tuned):
+        other.insert(0, "names or shapes of tensors, as of a new head")
+    if other:
+        raise InputError(
+            f"out: {os.fspath(tuned)} differs from {os.fspath(base)} in {' and '.join(other)}, which a delta file does "
+            "not hold; name a directory"
+        )
+
+
 def _write_delta(
     base: str | os.PathLike, tuned: str | os.PathLike, path: Path, pair: Pair, record: Mapping[str, Any]
 ) -> None:
     deltas, whole = {}, {}
     with TensorStore(base) as before, TensorStore(tuned) as after:
-        for name, entry in after.entries.items():
+        for name in after.entries:
             if name not in pair.names:
                 tensor = after.read(name)
                 if name not in before.entries or not torch.equal(tensor, before.read(name)):
                     whole[name] = tensor
                 continue
-            if before.entries[name].shape != entry.shape:
-                raise InputError(f"out: the vocabulary has grown ({name!r}); write a directory instead of a delta file")
             delta = after.read(name).float() - before.read(name).float()
             thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["mask seed"])
             deltas[name] = thinned.to_sparse()
@@ -331,7 +345,7 @@ def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path
     with TensorStore(base) as store:
         stray = sorted((deltas.keys() | whole.keys()) - store.entries.keys())
     if stray:
-        raise InputError(f"{os.fspath(file)}: belongs to another base; {os.fspath(base)} has no tensor {stray[0]!r}")
+        raise InputError(f"base: {os.fspath(base)} has no tensor {stray[0]!r}, which the delta {os.fspath(file)} has")
 
     def add(name: str, tensor: Tensor) -> Tensor:
         if name in whole:
