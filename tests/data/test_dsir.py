@@ -153,7 +153,7 @@ def test_smoothing_is_a_pseudo_count_per_bucket_of_the_target():
 
 
 def test_fast_hash_ranks_like_exact_hashes_rank_each_other():
-    """Bar of the brief: agreement with the exact hash at least the median of five salted sha256, minus 0.01."""
+    """Agreement with the exact hash at least the median of five salted sha256, minus 0.01."""
     from salience.reproductions.worlds.text import pool
 
     world = pool(0, "numpy", [])
