@@ -34,7 +34,10 @@ def reproduce(run: Run) -> Outcome:
     run.step("reading the standard library")
     size, count, draws = (1500, 150, 8) if run.smoke else (10_000, 500, 60)
     world = functions(size, run.seed, files=120 if run.smoke else None)
-    truth = DSL(assume_random=True).fit(world.regressors, world.raises, world.says_error).coef_
+    truth, linear = (
+        DSL(model=model, assume_random=True).fit(world.regressors, world.raises, world.says_error).coef_
+        for model in ("logit", "lm")
+    )
 
     # Method: the same draws of labelled rows for all four estimators, and with a guess that says nothing.
     estimates: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in METHODS}
@@ -51,23 +54,27 @@ def reproduce(run: Run) -> Outcome:
         noise = Functions(world.raises, world.says_error[order], world.regressors, world.others[order])
         shuffled.append(_estimate(noise, labelled.index, labelled.prob, seed, learner).estimate())
         # A second design: functions with the word are labelled more often, and the guess is corrected as it is. Who
-        # ignores how rows were drawn corrects it wrongly.
+        # ignores how rows were drawn corrects it wrongly. Shares grow linearly here ("lm"), which always has a solution.
         drawn = sample_for_labeling(world.says_error, count, oversample={1.0: MORE_OFTEN}, random_state=seed)
-        unequal.append(_estimate(world, drawn.index, drawn.prob, seed, "identity").estimate())
-        ignored.append(_estimate(world, drawn.index, None, seed, "identity").estimate())
+        unequal.append(_estimate(world, drawn.index, drawn.prob, seed, "identity", "lm").estimate())
+        ignored.append(_estimate(world, drawn.index, None, seed, "identity", "lm").estimate())
 
     # Measure: coverage of 95 % intervals, root mean square error, standardised bias.
     run.step("measuring")
     truths = {name: _measure(found, truth) for name, found in estimates.items()}
     others = {
-        "shuffled": _measure(shuffled, truth), "unequal": _measure(unequal, truth), "ignored": _measure(ignored, truth)
-    }  # fmt: skip
+        "shuffled": _measure(shuffled, truth),
+        "unequal": _measure(unequal, linear),
+        "ignored": _measure(ignored, linear),
+    }
     gso = truths["GSO"]["rmse"].mean()
-    judged = {name: _judged(part, gso, others["unequal"]) for name, part in {**truths, **others}.items()}
-    ignoring = {"least coverage, unequal design": float(others["ignored"]["coverage"].min())}
+    judged = {name: _judged(part, gso) for name, part in {**truths, "shuffled": others["shuffled"]}.items()}
+    unequal_design = {name: {"least coverage, unequal design": float(others[name]["coverage"].min())}
+                      for name in ("unequal", "ignored")}  # fmt: skip
     so = truths["SO"]["coverage"]
     figures = {
         **judged["DSL"],
+        **unequal_design["unequal"],
         "coefficients that surrogates alone cover less than 20 %": float((so < 0.2).sum()),
         **{
             f"{name}, {what}": float(part[what][at])
@@ -94,7 +101,7 @@ def reproduce(run: Run) -> Outcome:
             Control("shuffled guesses", "random", judged["shuffled"]),
             Control("plug-in predictions (SL)", "fake", judged["SL"]),
             Control("gold labels only (GSO)", "fake", judged["GSO"]),
-            Control("sampling probabilities ignored", "fake", ignoring),
+            Control("sampling probabilities ignored", "fake", unequal_design["ignored"]),
         ],
         pictures={"Estimates of the first draw by method; the line is the truth": _picture(estimates, truth)},
         notes=[
@@ -105,13 +112,15 @@ def reproduce(run: Run) -> Outcome:
     )
 
 
-def _estimate(world: Functions, index: np.ndarray, prob: Any, seed: int, learner: Any = None) -> DSLResult:
+def _estimate(
+    world: Functions, index: np.ndarray, prob: Any, seed: int, learner: Any = None, model: str = "logit"
+) -> DSLResult:  # fmt: skip
     gold = np.full(len(world.raises), np.nan)
     gold[index] = world.raises[index]
-    model = DSL(splits=1, learner=learner, assume_random=prob is None, random_state=seed)
+    estimator = DSL(model=model, splits=1, learner=learner, assume_random=prob is None, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # few labels at smoke scale
-        return model.fit(world.regressors, gold, world.says_error, W=world.others, prob=prob).result_
+        return estimator.fit(world.regressors, gold, world.says_error, W=world.others, prob=prob).result_
 
 
 def _measure(found: list[tuple[np.ndarray, np.ndarray]], truth: np.ndarray) -> dict[str, Float[np.ndarray, " p"]]:
@@ -123,12 +132,11 @@ def _measure(found: list[tuple[np.ndarray, np.ndarray]], truth: np.ndarray) -> d
     }
 
 
-def _judged(part: dict[str, np.ndarray], gso: float, unequal: dict[str, np.ndarray]) -> dict[str, float]:
+def _judged(part: dict[str, np.ndarray], gso: float) -> dict[str, float]:
     """The figures that bars judge, with another estimator in the place of DSL."""
     return {
         "least coverage": float(part["coverage"].min()),
         "error over that of gold labels alone": float(part["rmse"].mean() / gso),
-        "least coverage, unequal design": float(unequal["coverage"].min()),
     }
 
 
