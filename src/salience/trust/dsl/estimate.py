@@ -132,7 +132,7 @@ class DSLResult:
 
         return pd.DataFrame(self.rows(alpha))
 
-    def power_se(self, n_labels: Sequence[float]) -> Float[np.ndarray, "m p"]:
+    def power_se(self, n_labels: Sequence[float] | np.ndarray) -> Float[np.ndarray, "m p"]:
         """Standard errors to expect with so many gold labels.
 
         ``V' = J^-1 (M_1 / q + M_23) J^-T / n`` with ``q = n' / n_labeled``, the median over splits. Where the estimate
@@ -196,28 +196,33 @@ def estimate(
     count, n, keep = int(labelled.sum()), len(labelled), len(names)
     if count < FEW or count < PER_COEFFICIENT * keep:
         least = max(FEW, PER_COEFFICIENT * keep)
-        notes.append(f"only {count} gold labels for {keep} coefficients: intervals need at least {least} to be relied on")
+        notes.append(
+            f"only {count} gold labels for {keep} coefficients: intervals need at least {least} to be relied on"
+        )
         warnings.warn(notes[-1], stacklevel=4)
     prob = rows.prob * (count / n / rows.prob.mean()) if rescale else rows.prob
     ratio = np.where(labelled, 1 / prob, 0.0)
+    if isinstance(learner, str):
+        splits = 1  # nothing is trained: all splits are the same
     if labelled.all():
         splits, notes = 1, [*notes, "every row has gold labels: this is the plain regression"]
-    found, plug_in, errors = [], [], []  # one of each a split
+    found, errors = [], []
+    plug_in: list[Design] = []
     for split in range(splits):
         guess = _cross_fit(rows, learner, folds, np.random.default_rng([random_state, split]))
         gold = np.where(labelled[:, None], rows.gold, guess)
         design = Design(*build(gold), *build(guess), ratio)
         found.append(solve(design, model, rows.cluster))
-        plug_in.append(solve(design.predicted_only(), model, rows.cluster))
+        plug_in.append(design.predicted_only())
         errors.append(np.sqrt(np.mean((rows.gold - guess)[labelled, 0] ** 2)))
     surrogate = np.where(labelled[:, None], rows.gold, rows.surrogate)
     raw = Design(*build(surrogate), *build(rows.surrogate), ratio)
     coef, vcov = _combine(found, keep)
-    others = {"GSO": raw.gold_only(), "SO": raw.predicted_only()}
-    alone = {"SL": _combine(plug_in, keep)}
-    for name, part in others.items():
+    others = {"GSO": [raw.gold_only()], "SO": [raw.predicted_only()], "SL": plug_in}
+    alone = {}
+    for name, designs in others.items():
         try:
-            alone[name] = _combine([solve(part, model, rows.cluster)], keep)
+            alone[name] = _combine([solve(part, model, rows.cluster) for part in designs], keep)
         except DataError as error:
             notes.append(f"{METHODS[name].split(',')[0]} ({name}): {error}")
             alone[name] = np.full(keep, np.nan), np.full((keep, keep), np.nan)

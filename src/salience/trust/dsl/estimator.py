@@ -134,7 +134,11 @@ class DSL(BaseEstimator):
         regressors, surrogates, others = (part[whole] for part in parts)
         codes = None if codes is None else np.unique(codes[whole], return_inverse=True)[1]
         rows = Rows(
-            gold[whole, None], surrogates[:, :1], np.hstack([surrogates, others, regressors]), probabilities[whole], codes
+            gold[whole, None],
+            surrogates[:, :1],
+            np.hstack([surrogates, others, regressors]),
+            probabilities[whole],
+            codes,
         )
         names, fixed = with_effects(
             names, regressors, [group[whole] for group in groups], self.fit_intercept and self.model != "felm"
@@ -231,8 +235,8 @@ def check_prob(prob: ArrayLike | None, labelled: np.ndarray, assume_random: bool
     if prob is None:
         if not assume_random and not labelled.all():
             raise InputError(
-                "how were the rows with gold labels chosen? Give prob, the probability of being labelled for each row, "
-                "or say assume_random=True if each row had the same chance"
+                "how were the rows with gold labels chosen? Give prob (--prob), the probability of being labelled for "
+                "each row, or say assume_random=True (--assume-random) if each row had the same chance"
             )
         return np.full(n, labelled.mean())
     try:
@@ -280,8 +284,8 @@ def _column(name: str, values: ArrayLike) -> Float[np.ndarray, " n"]:
         return array.astype(np.float64)
     except (TypeError, ValueError):
         raise InputError(
-            f"{name} holds {next(v for v in array if isinstance(v, str))!r}: labels must be numbers, NaN where there is "
-            "none. Estimate the categories of a multi-class label one at a time, as 1 against 0"
+            f"{name} holds {next(v for v in array if isinstance(v, str))!r}: labels must be numbers, NaN where there "
+            "is none. Estimate the categories of a multi-class label one at a time, as 1 against 0"
         ) from None
 
 

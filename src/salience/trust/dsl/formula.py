@@ -132,11 +132,12 @@ class Regressors:
         names: list[str] = []
         parts: list[np.ndarray] = []
         for term in self._formula.terms:
-            labels, values = [""], None
+            labels: list[str] = [""]
+            values = np.ones((0, 0))
             for name in term:
                 own, block = self._fixed[name] if name in self._fixed else ([name], predicted[name][:, None])
                 labels = [f"{a}:{b}" if a else b for a in labels for b in own]
-                values = block if values is None else (values[:, :, None] * block[:, None, :]).reshape(len(block), -1)
+                values = block if not values.size else (values[:, :, None] * block[:, None, :]).reshape(len(block), -1)
             names += labels
             parts.append(values)
         return names, np.hstack(parts) if parts else np.empty((0, 0))

@@ -132,6 +132,8 @@ def _newton(design: Design, model: Model) -> Float[np.ndarray, " p"]:
     value = _mean_moment(design, model, coef)
     tiny, converged = 1e-13 * max(float(np.abs(value).max()), 1.0), False
     for _ in range(_STEPS):
+        if model == "logit" and _separated(design, coef):
+            break
         step = _inverse(_jacobian(design, model, coef)) @ value
         moved = value
         for halving in range(40):
@@ -142,7 +144,7 @@ def _newton(design: Design, model: Model) -> Float[np.ndarray, " p"]:
         if model == "lm" or np.abs(step).max() < 1e-10 * max(1.0, np.abs(coef).max()):
             converged = True
             break
-    if not converged or (model == "logit" and _separated(design, coef)):
+    if not converged:
         raise DataError(
             "the logistic model has no finite solution: the labels are (almost) perfectly separated by the regressors; "
             "use fewer regressors, more labels, or the model 'lm'"

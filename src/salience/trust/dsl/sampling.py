@@ -15,7 +15,7 @@ from salience.errors import DataError, InputError
 class LabelingSample(NamedTuple):
     """Rows to label by hand, ascending, and every row's probability of having been among them."""
 
-    index: Int[np.ndarray, " m"]
+    rows: Int[np.ndarray, " m"]
     prob: Float[np.ndarray, " n"]
 
 
@@ -60,16 +60,16 @@ def sample_for_labeling(
         `n` is not between the number of strata and of rows, or `oversample` names no stratum.
     """
     labels = np.asarray(Q)
-    rows = len(labels)
+    total = len(labels)
     if strata is None:
-        groups = labels if oversample is not None else np.zeros(rows, dtype=np.int64)
+        groups = labels if oversample is not None else np.zeros(total, dtype=np.int64)
     else:
         groups = np.asarray(strata)
-    if groups.shape != (rows,):
-        raise InputError(f"strata must have one value for each of {rows} rows, not shape {groups.shape}")
+    if groups.shape != (total,):
+        raise InputError(f"strata must have one value for each of {total} rows, not shape {groups.shape}")
     names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if isinstance(n, bool) or not isinstance(n, int | np.integer) or not len(names) <= n <= rows:
-        raise InputError(f"n must be a whole number from {len(names)} (one a stratum) to {rows} (all rows), not {n!r}")
+    if isinstance(n, bool) or not isinstance(n, int | np.integer) or not len(names) <= n <= total:
+        raise InputError(f"n must be a whole number from {len(names)} (one a stratum) to {total} (all rows), not {n!r}")
     weights = np.ones(len(names))
     for name, weight in (oversample or {}).items():
         at = np.flatnonzero(names == name)
@@ -106,7 +106,9 @@ def aggregate_labels(unit: ArrayLike, gold: ArrayLike, surrogate: ArrayLike, pro
     names, codes = np.unique(np.asarray(unit), return_inverse=True)
     columns = [np.asarray(values, dtype=np.float64) for values in (gold, surrogate, prob)]
     if any(column.shape != codes.shape for column in columns):
-        raise InputError(f"unit, gold, surrogate and prob differ in shape: {[codes.shape, *(c.shape for c in columns)]}")
+        raise InputError(
+            f"unit, gold, surrogate and prob differ in shape: {[codes.shape, *(c.shape for c in columns)]}"
+        )
     truth, guess, chance = columns
     if not np.isfinite(guess).all():
         raise DataError(f"surrogate of item {int(np.argmin(np.isfinite(guess)))} is missing")
