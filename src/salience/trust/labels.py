@@ -68,8 +68,8 @@ class LabelsPart:
             first = f"the model's labels help: intervals {100 * (1 - ratio):.0f} % narrower than by gold labels alone"
         else:
             first = (
-                f"the model's labels are no better than none here: intervals are {100 * ratio:.0f} % as wide as by gold "
-                "labels alone"
+                f"the model's labels are no better than none here: intervals are {100 * ratio:.0f} % as wide as by "
+                "gold labels alone"
             )
         parts = [f"{self.what}: {first}"]
         if self.misled:
@@ -138,8 +138,8 @@ class LabelsCheck:
 
 def check_labels_of(
     data: Any, *, gold: Sequence[str], predicted: Sequence[str], formula: str | None = None,
-    category: str | None = None, model: str = "auto", learner: str = "forest", random_state: int = 1234, alpha: float = 0.05,
-    progress: Callable[[str], None] | None = None, **settings: Any,
+    category: str | None = None, model: str = "auto", learner: str = "forest", random_state: int = 1234,
+    alpha: float = 0.05, progress: Callable[[str], None] | None = None, **settings: Any,
 ) -> LabelsCheck:  # fmt: skip
     """Estimate by all methods, and say what the model's labels are worth.
 
