@@ -5,8 +5,8 @@ Substitute for the paper's 18 text data sets with labels of a language model: fu
 the body raise an exception? That is known for all of them, and the guess "the word Error stands in the source" stands
 for the model. Its errors grow with length, a regressor. 500 functions are labelled at random, again and again.
 
-Headline of the paper: on 10,000 Congressional bills with labels of GPT-3, coverage of surrogates alone near 0; the error
-is 12 to 16 % below that of hand labels alone (30 to 36 % with five-shot labels).
+Headline of the paper: on 10,000 Congressional bills with labels of GPT-3, coverage of surrogates alone is near 0; the
+error is 12 to 16 % below that of hand labels alone (30 to 36 % with five-shot labels).
 """
 
 from __future__ import annotations
