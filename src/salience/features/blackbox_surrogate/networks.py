@@ -58,7 +58,12 @@ class ConvAutoencoder(nn.Module):
         self.encoder = nn.Sequential(*down)
         up: list[nn.Module] = []
         for before, after in zip((channels[-1], *channels[:0:-1]), channels[::-1]):
-            up += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(after), nn.Upsample(scale_factor=2)]
+            up += [
+                nn.Conv2d(before, after, 3, padding=1),
+                nn.ReLU(),
+                nn.BatchNorm2d(after),
+                nn.Upsample(scale_factor=2),
+            ]
         self.decoder = nn.Sequential(*up, nn.Conv2d(channels[0], 1, 3, padding=1))
 
     def encode(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch code"]:

@@ -1,17 +1,17 @@
 """Which columns does a black box use? Attention, permutation and sensitivity, and their mean rank.
 
-permutation: how much the score drops when a column is shuffled. sensitivity: how far the predictions move,
+permutation: how much the mean log probability of the true class drops when a column is shuffled. sensitivity: how far
+the predictions move when its value comes from another row,
 
     s_j = mean over rows and draws of 1/2 sum_c |P(c | x) - P(c | x with column j of another row)|
 
-so that no labels are needed. attention: how a self-attention network trained on the black box's answers weighs the
+so that no labels are needed. Both come from one pass, by the shuffles of scikit-learn's `permutation_importance`. attention: how a self-attention network trained on the black box's answers weighs the
 columns. Source: Karim et al., DSAA 2023 (arXiv 2208.13405), section on probing and perturbing; the mean rank is ours.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,8 @@ from salience.errors import DataError, InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-PROBES = ("attention", "permutation", "sensitivity")
+PROBES = ("permutation", "sensitivity", "attention")
+_ROWS, _CELLS = 8192, 16_000_000  # of one call of the black box
 Predict = Callable[[Float[np.ndarray, "n features"]], np.ndarray]
 
 
@@ -100,16 +101,14 @@ def probe_importance(
         raise DataError("the black box answers one class for every row: there is nothing to explain")
     tell = progress or (lambda probe, done, total: None)
     scores: dict[str, np.ndarray] = {}
-    flips = None
-    for name in methods:
-        if name == "attention":
-            scores[name] = _attention(rows, answers, attention, random_state)
-        elif name == "permutation":
-            truth = answers if y is None else np.asarray(y)
-            scores[name] = _permutation(predict_proba, rows, truth, before.shape[1], repeats, random_state)
-        else:
-            scores[name], flips = _sensitivity(predict_proba, rows, before, repeats, random_state, tell)
-        tell(name, rows.shape[1], rows.shape[1])
+    flips: np.ndarray | None = None
+    if "permutation" in methods or "sensitivity" in methods:
+        truth = _truth(answers if y is None else y, before)
+        drop, moved, flips = _shuffled(predict_proba, rows, before, truth, repeats, random_state, tell)
+        scores = {name: values for name, values in (("permutation", drop), ("sensitivity", moved)) if name in methods}
+    if "attention" in methods:
+        tell("attention", 0, rows.shape[1])
+        scores["attention"] = _attention(rows, answers, attention, random_state)
     rank = np.mean([rankdata(-values) for values in scores.values()], axis=0)
     return Importance(scores, rank, flips)
 
@@ -172,65 +171,56 @@ def _attention(rows: np.ndarray, answers: np.ndarray, given: np.ndarray | None, 
     return SANClassifier(random_state=seed).fit(rows, answers).attention_
 
 
-class _Answering:
-    """A black box in the shape that scikit-learn's permutation importance asks for."""
-
-    def __init__(self, predict_proba: Predict) -> None:
-        self._predict_proba = predict_proba
-
-    def fit(self, X: Any, y: Any = None) -> _Answering:
-        return self
-
-    def predict(self, X: np.ndarray) -> np.ndarray:
-        return probabilities(self._predict_proba, X)
-
-
-def _permutation(
-    predict_proba: Predict, rows: np.ndarray, truth: np.ndarray, classes: int, repeats: int, seed: int
-) -> np.ndarray:
-    from sklearn.inspection import permutation_importance
-
-    def likelihood(model: _Answering, X: np.ndarray, y: np.ndarray) -> float:
-        chance = np.clip(model.predict(X)[np.arange(len(y)), y], 1e-6, 1.0)
-        return float(np.log(chance).mean())
-
-    if truth.shape != (len(rows),) or truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= classes:
+def _truth(y: Any, before: np.ndarray) -> Int[np.ndarray, " n"]:
+    truth, classes = np.asarray(y), before.shape[1]
+    if truth.shape != (len(before),) or truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= classes:
         raise InputError(f"y must name a column of the probabilities, 0 to {classes - 1}, for each row")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        found = permutation_importance(
-            _Answering(predict_proba), rows, truth, scoring=likelihood, n_repeats=repeats, random_state=seed
-        )
-    return found.importances_mean
+    return truth
 
 
-def _sensitivity(
-    predict_proba: Predict, rows: np.ndarray, before: np.ndarray, repeats: int, seed: int,
+def _shuffled(
+    predict_proba: Predict, rows: np.ndarray, before: np.ndarray, truth: np.ndarray, repeats: int, seed: int,
     tell: Callable[[str, int, int], None],
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    columns = rows.shape[1]
-    moved, flips = np.zeros(columns), np.zeros(columns)
-    answers, changed = before.argmax(axis=1), rows.copy()
-    for column, draws in enumerate(_draws(len(rows), columns, repeats, seed)):
-        if np.ptp(rows[:, column]) == 0:
-            continue  # a constant column moves nothing
-        for order in draws:
-            changed[:, column] = rows[order, column]
-            after = probabilities(predict_proba, changed)
-            if after.shape[1] < before.shape[1]:  # class numbers whose largest no longer occurs
-                after = np.pad(after, ((0, 0), (0, before.shape[1] - after.shape[1])))
-            width = before.shape[1]
-            moved[column] += 0.5 * np.abs(after[:, :width] - before).sum(axis=1).mean() / repeats
-            flips[column] += (after.argmax(axis=1) != answers).mean() / repeats
-        changed[:, column] = rows[:, column]
-        tell("sensitivity", column + 1, columns)
-    return moved, flips
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Drop of the score, movement of the predictions and share of flips for each column."""
+    n, columns = rows.shape
+    drop, moved, flips = np.zeros(columns), np.zeros(columns), np.zeros(columns)
+    orders = _orders(n, repeats, seed)
+    at_once = max(1, min(_ROWS // n, _CELLS // (n * columns)))
+    live = np.flatnonzero(np.ptp(rows, axis=0) > 0)  # a constant column moves nothing
+    for start in range(0, len(live), at_once):
+        block = live[start : start + at_once]
+        for order in orders:
+            changed = np.tile(rows, (len(block), 1))
+            for place, column in enumerate(block):
+                changed[place * n : (place + 1) * n, column] = rows[order, column]
+            after = _same_width(probabilities(predict_proba, changed), before).reshape(len(block), n, -1)
+            drop[block] += (_score(before, truth) - _score(after, truth)).mean(axis=1) / repeats
+            moved[block] += 0.5 * np.abs(after - before).sum(axis=2).mean(axis=1) / repeats
+            flips[block] += (after.argmax(axis=2) != before.argmax(axis=1)).mean(axis=1) / repeats
+        tell("shuffling columns", start + len(block), len(live))
+    return drop, moved, flips
 
 
-def _draws(rows: int, columns: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
-    """For each column, other rows to take its values from: the same for a column whatever the others are."""
-    for column in range(columns):
-        yield np.random.default_rng([seed, column]).integers(rows, size=(repeats, rows))
+def _orders(n: int, repeats: int, seed: int) -> list[np.ndarray]:
+    """The shuffles of scikit-learn's `permutation_importance`: the same for every column."""
+    rng = np.random.RandomState(np.random.RandomState(seed).randint(np.iinfo(np.int32).max + 1))
+    order, found = np.arange(n), []
+    for _ in range(repeats):
+        rng.shuffle(order)
+        found.append(order.copy())
+    return found
+
+
+def _score(chances: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Log probability of each row's true class."""
+    return np.log(np.clip(chances[..., np.arange(len(truth)), truth], 1e-6, 1.0))
+
+
+def _same_width(after: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Class numbers may lack the largest class, or show one that was not there before."""
+    width = before.shape[1]
+    return np.pad(after, ((0, 0), (0, max(0, width - after.shape[1]))))[:, :width]
 
 
 def _erased(predict_proba: Predict, X: Any, features: Sequence[int], background: Any, keep: bool) -> np.ndarray:
@@ -241,7 +231,6 @@ def _erased(predict_proba: Predict, X: Any, features: Sequence[int], background:
     answer = before.argmax(axis=1)
     changed = np.where(chosen != keep, others.mean(axis=0), rows)
     after = probabilities(predict_proba, changed)
-    if after.shape[1] < before.shape[1]:
-        after = np.pad(after, ((0, 0), (0, before.shape[1] - after.shape[1])))
+    after = _same_width(after, before)
     each = np.arange(len(rows))
     return before[each, answer] - after[each, answer]
