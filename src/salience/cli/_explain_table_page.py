@@ -32,7 +32,8 @@ def write_page(found: TableExplanation, name: str, path: Path) -> None:
     blocks += _fidelity(report, figures, found)
     blocks += _columns(report, figures, found)
     blocks += _rules(report, found)
-    blocks += [report.heading("Single rows"), *(_example(report, found, row, e) for row, e in found.examples)]
+    rows = [_example(found, row, e) for row, e in found.examples]
+    blocks += [report.heading("Single rows"), report.documents(rows, "Held-out rows, explained one by one")]
     if found.notes:
         blocks += [report.heading("Notes"), *(report.text(note) for note in found.notes)]
     subtitle = f"{found.black_box} trained on {found.train_rows:,} rows, explained on {found.test_rows:,} held-out rows"
@@ -83,9 +84,10 @@ def _columns(report, figures, found: TableExplanation) -> list:
     used = {explainer.names_[column] for column in explainer.columns_}
     moved = explainer.importance_.scores["sensitivity"]
     flips = explainer.importance_.flips
+
     rows = [
         (explainer.names_[c], explainer.importance_.rank[c], explainer.importance_.scores["permutation"][c], moved[c],
-         100 * flips[c], explainer.names_[c] in used)
+         None if flips is None else 100 * flips[c], explainer.names_[c] in used)
         for c in shown
     ]  # fmt: skip
     return [
@@ -107,7 +109,9 @@ def _columns(report, figures, found: TableExplanation) -> list:
 
 def _rules(report, found: TableExplanation) -> list:
     held = [rule for _, rule in found.rules]
-    lines = [rule.text(found.classes) for rule in held[:_RULES]]
+    lines = [
+        rule.text(found.classes).replace(" AND ", "\n   AND ").replace(" THEN ", "\n   THEN ") for rule in held[:_RULES]
+    ]
     rest = f"\n… {len(held) - _RULES} more" if len(held) > _RULES else ""
     return [
         report.heading("Rules"),
@@ -115,13 +119,15 @@ def _rules(report, found: TableExplanation) -> list:
             "Support and confidence are counted on held-out rows: the share of rows that meet the conditions, and the "
             "share of those to which the black box gives this class."
         ),
-        report.code("\n".join(lines) + rest),
+        report.code("\n\n".join(lines) + rest),
     ]
 
 
-def _example(report, found: TableExplanation, row: int, e: Explanation):
+def _example(found: TableExplanation, row: int, e: Explanation) -> tuple[str, str]:
     said = found.classes[e.answer]
-    lines = [f"black box: {said}" + ("" if e.agrees else "   (the surrogate says otherwise: its rule explains nothing)")]
+    lines = [
+        f"black box: {said}" + ("" if e.agrees else "   (the surrogate says otherwise: its rule explains nothing)")
+    ]
     if e.rule is not None:
         lines += ["rule:      " + e.rule.text(found.classes)]
     strongest = sorted(e.attributions.items(), key=lambda item: -abs(item[1]))[:6]
@@ -133,4 +139,4 @@ def _example(report, found: TableExplanation, row: int, e: Explanation):
         lines += [f"  {name:<32} {now:.4g} -> {value:.4g}" for name, (now, value) in list(other.changes.items())[:10]]
         if len(other.changes) > 10:
             lines.append(f"  … {len(other.changes) - 10} more columns")
-    return report.documents([(f"row {row}: {said}", "\n".join(lines))], "")
+    return f"row {row}: {said}", "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Explain a black box on a user's table, and measure the explanation there: the work behind `salience explain table`."""
+"""Explain a black box on a user's table, and measure it there: the work behind `salience explain table`."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ class TableExplanation:
         label = "a better surrogate than on random columns" if self.better else "no better than random columns here"
         return (
             f"{label}: on {self.test_rows:,} held-out rows it agrees with the black box on {100 * gain.chosen:.1f} %, "
-            f"one on as many random columns on {100 * gain.other:.1f} % (difference {100 * gain.difference:+.1f} points, "
-            f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+            f"one on as many random columns on {100 * gain.other:.1f} % (difference {100 * gain.difference:+.1f} "
+            f"points, 95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -204,6 +204,7 @@ def explain_table(
     found = explainer.fidelity(test_rows)
     explained = [(int(held[at]), explainer.explain(test_rows[at])) for at in range(min(max(examples, 30), len(held)))]
     kept = [rule for rule in explainer.rules_ if rule.support >= min_support]
+    again = [(rule, measured(rule, test_rows, answers)) for rule in kept]
     flips = [bool(e.counterfactuals) and e.counterfactuals[0].flips for _, e in explained]
     commonest = max(set(table.labels[train]), key=list(table.labels[train]).count)
     return TableExplanation(
@@ -211,8 +212,7 @@ def explain_table(
         float((model.classes_[answers] == truth).mean()), float((model.classes_[mimicked] == truth).mean()),
         float((truth == commonest).mean()),
         _gains(explainer, test_rows, answers, table.rows[train], table.labels[train], rng),
-        [(rule, measured(rule, test_rows, answers)) for rule in kept], explained[:examples], float(np.mean(flips)),
-        table.notes,
+        sorted(again, key=lambda pair: -pair[1].support), explained[:examples], float(np.mean(flips)), table.notes,
     )  # fmt: skip
 
 

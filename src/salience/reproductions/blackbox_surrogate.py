@@ -39,7 +39,9 @@ def reproduce(run: Run) -> Outcome:
     """Explain a forest on two wide tables."""
     names = ("breast_cancer",) if run.smoke else ("breast_cancer", "digits")
     figures: dict[str, float] = {}
-    random, variance, unverified = {}, {}, {}
+    random: dict[str, float] = {}
+    variance: dict[str, float] = {}
+    unverified: dict[str, float] = {}
     explained = {}
     for name in names:
         # Data and black box.
@@ -117,8 +119,8 @@ def reproduce(run: Run) -> Outcome:
         pictures={"Fidelity by the number of columns, and the forty most important columns": _picture(explained)},
         notes=[
             "Judged on a random forest as black box. The paper's networks are reported on breast_cancer alone.",
-            "A counterfactual starts from the nearest leaf of another class and changes further columns until the black "
-            "box flips; 'of the tree alone' stops at the leaf.",
+            "A counterfactual starts from the nearest leaf of another class and changes further columns until the "
+            "black box flips; 'of the tree alone' stops at the leaf.",
         ],
     )
 

@@ -149,7 +149,8 @@ class HighDimExplainer(BaseEstimator):
             random_state=self.random_state, progress=progress,
         )  # fmt: skip
         self.order_ = self.importance_.order()
-        self.ks_, self.fidelities_ = [], []
+        self.ks_: list[int] = []
+        self.fidelities_: list[float] = []
         k = self._elbow(rows, answers, rng) if self.k == "auto" else int(self.k)
         self.columns_: Int[np.ndarray, " k"] = self.order_[:k]
         self.surrogate_ = self._mimic(rows, answers, self.columns_)
@@ -184,7 +185,7 @@ class HighDimExplainer(BaseEstimator):
         check_is_fitted(self)
         return fidelity_of(self.surrogate_, self.columns_, self._rows(X), self._predict)
 
-    def mimic(self, columns: Sequence[int]) -> Any:
+    def mimic(self, columns: Sequence[int] | np.ndarray) -> Any:
         """A surrogate of the same kind on other columns, to compare with."""
         check_is_fitted(self)
         return self._mimic(self.rows_, self.answers_, np.asarray(columns))

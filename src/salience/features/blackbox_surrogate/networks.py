@@ -121,7 +121,7 @@ class SelfAttentionNet(nn.Module):
 
     def global_attention(self) -> Float[Tensor, " features"]:
         """Softmax of each head's diagonal, the mean over heads; sums to 1."""
-        return torch.stack([head.weight.diagonal().softmax(dim=0) for head in self.heads]).mean(dim=0)
+        return torch.stack([head.weight.diagonal().softmax(dim=0) for head in self.heads]).mean(dim=0)  # type: ignore[operator]
 
     def forward(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
         """Logits; the sigmoid of each is that class's score."""

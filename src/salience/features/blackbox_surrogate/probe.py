@@ -5,8 +5,10 @@ the predictions move when its value comes from another row,
 
     s_j = mean over rows and draws of 1/2 sum_c |P(c | x) - P(c | x with column j of another row)|
 
-so that no labels are needed. Both come from one pass, by the shuffles of scikit-learn's `permutation_importance`. attention: how a self-attention network trained on the black box's answers weighs the
-columns. Source: Karim et al., DSAA 2023 (arXiv 2208.13405), section on probing and perturbing; the mean rank is ours.
+so that no labels are needed. Both come from one pass, by the shuffles of scikit-learn's `permutation_importance`.
+attention: how a self-attention network trained on the black box's answers weighs the columns.
+
+Source: Karim et al., DSAA 2023 (arXiv 2208.13405), section on probing and perturbing; the mean rank is ours.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ def probe_importance(
 
 
 def comprehensiveness(
-    predict_proba: Predict, X: Float[np.ndarray, "n features"], features: Sequence[int],
+    predict_proba: Predict, X: Float[np.ndarray, "n features"], features: Sequence[int] | np.ndarray,
     background: Float[np.ndarray, "m features"],
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """``P(c | x) - P(c | x without the features)`` of each row, c its predicted class: large if they matter.
@@ -125,7 +127,7 @@ def comprehensiveness(
 
 
 def sufficiency(
-    predict_proba: Predict, X: Float[np.ndarray, "n features"], features: Sequence[int],
+    predict_proba: Predict, X: Float[np.ndarray, "n features"], features: Sequence[int] | np.ndarray,
     background: Float[np.ndarray, "m features"],
 ) -> Float[np.ndarray, " n"]:  # fmt: skip
     """``P(c | x) - P(c | only the features)`` of each row, c its predicted class: near 0 if they are enough."""
@@ -139,8 +141,8 @@ def probabilities(predict_proba: Predict, rows: np.ndarray) -> Float[np.ndarray,
         return (found[:, None] == np.arange(max(int(found.max()) + 1, 2))).astype(np.float64)
     if found.ndim != 2 or len(found) != len(rows):
         raise InputError(
-            f"the black box returned shape {found.shape} for {len(rows)} rows; probabilities (rows, classes) are needed, "
-            "or class numbers (rows,)"
+            f"the black box returned shape {found.shape} for {len(rows)} rows; probabilities (rows, classes) are "
+            "needed, or class numbers (rows,)"
         )
     return found.astype(np.float64)
 
@@ -205,10 +207,11 @@ def _shuffled(
 def _orders(n: int, repeats: int, seed: int) -> list[np.ndarray]:
     """The shuffles of scikit-learn's `permutation_importance`: the same for every column."""
     rng = np.random.RandomState(np.random.RandomState(seed).randint(np.iinfo(np.int32).max + 1))
-    order, found = np.arange(n), []
+    shuffled, order, found = np.arange(n), np.arange(n), []
     for _ in range(repeats):
-        rng.shuffle(order)
-        found.append(order.copy())
+        rng.shuffle(shuffled)
+        order = order[shuffled]  # each shuffle is of the column as the last one left it
+        found.append(order)
     return found
 
 
@@ -223,7 +226,9 @@ def _same_width(after: np.ndarray, before: np.ndarray) -> np.ndarray:
     return np.pad(after, ((0, 0), (0, max(0, width - after.shape[1]))))[:, :width]
 
 
-def _erased(predict_proba: Predict, X: Any, features: Sequence[int], background: Any, keep: bool) -> np.ndarray:
+def _erased(
+    predict_proba: Predict, X: Any, features: Sequence[int] | np.ndarray, background: Any, keep: bool
+) -> np.ndarray:
     rows, others = checked_rows(X), checked_rows(background)
     chosen = np.zeros(rows.shape[1], dtype=bool)
     chosen[np.asarray(features, dtype=np.int64)] = True

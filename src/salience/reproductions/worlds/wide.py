@@ -35,8 +35,8 @@ class Wide:
 def wide(name: str, seed: int, columns: int = 1000, test: float = 0.3) -> Wide:
     """A data set of scikit-learn with as many columns as wanted, rows and columns in random order.
 
-    Half of the added columns are noise (normal); half are real columns with their rows shuffled, scaled at random, every
-    other one through tanh: alone they look like the real ones.
+    Half of the added columns are noise (normal); half are real columns with their rows shuffled, scaled at random,
+    every other one through tanh: alone they look like the real ones.
     """
     if name not in _LOADERS:
         raise InputError(f"name {name!r} is no table here; {nearest(name, _LOADERS)}")
