@@ -2,5 +2,7 @@
 
 from hypothesis import settings
 
+from stores import hub, other_s3, s3, s3_environment, s3_server, store  # noqa: F401  (fixtures)
+
 settings.register_profile("salience", deadline=None, derandomize=True)
 settings.load_profile("salience")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,12 +192,23 @@ class Scores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a Parquet file with the columns `id` and `score`; never leaves a torn file."""
+        Scores.save_parts(path, [(self._ids, self.values)], self.unit, self.provenance)
+
+    @staticmethod
+    def save_parts(
+        path: str | os.PathLike[str], parts: Iterable[tuple[pa.Array, Float[np.ndarray, " m"]]], unit: str,
+        provenance: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Write scores that come in parts (ids and values) and may be too many for memory, as `save` does."""
         schema = pa.schema([("id", pa.large_string()), ("score", pa.float64())])
-        described = json.dumps({"unit": self.unit, "provenance": self.provenance, "salience": __version__})
-        table = pa.table([self._ids, pa.array(self.values)], schema.with_metadata({_METADATA: described.encode()}))
+        described = json.dumps({"unit": unit, "provenance": provenance, "salience": __version__})
         temporary = Path(f"{path}.partial")
         try:
-            pq.write_table(table, temporary, write_page_checksum=True)
+            with pq.ParquetWriter(
+                temporary, schema.with_metadata({_METADATA: described.encode()}), write_page_checksum=True
+            ) as writer:
+                for ids, values in parts:
+                    writer.write_table(pa.table([ids, pa.array(values)], writer.schema))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""Kills, interrupts, full disks and closed pipes of the real command: the final name is absent, old or complete."""
+"""Kills, interrupts, full disks and closed pipes of the real command.
+
+The final name is absent, old or complete, and a resumed run gives the bytes of an undisturbed one.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ import pytest
 import salience
 from salience.io import checksum
 
-FINAL, MANIFEST = "out.jsonl", "out.jsonl.manifest.json"
+FINAL, MANIFEST, LEDGER = "out.jsonl", "out.jsonl.manifest.json", ".out.jsonl.ledger"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,9 @@ def start(folder: Path, *arguments: str, **options) -> subprocess.Popen:
     )
 
 
+KEPT = "finished units are kept: the same command with --resume goes on from there\n"
+
+
 def clean(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name not in ("raw.jsonl", "target.jsonl"):
@@ -64,18 +70,21 @@ def state(folder: Path) -> str:
     return f"{len(lines)} lines"
 
 
-def wait_for_partial(folder: Path, process: subprocess.Popen) -> Path:
-    """Wait until the run has begun to write."""
+def wait_for_partial(folder: Path, process: subprocess.Popen, name: str = "run.json") -> None:
+    """Wait until the run has begun to write, or a stage of it is on the disk."""
+    path = folder / LEDGER / name
     while process.poll() is None:
-        if found := list(folder.glob(".*.partial")):
-            return found[0]
-        time.sleep(0.002)
+        if path.exists() and path.stat().st_size:
+            return
+        time.sleep(0.001)
     raise AssertionError(process.communicate())
 
 
 @pytest.fixture(scope="module")
 def duration(folder: Path) -> float:
     """Seconds from the first temporary to the final name in an undisturbed run."""
+    clean(folder)
+    start(folder).communicate(timeout=300)  # compiles
     clean(folder)
     process = start(folder)
     wait_for_partial(folder, process)
@@ -88,8 +97,8 @@ def duration(folder: Path) -> float:
     return seconds
 
 
-def kill_at(folder: Path, delay: float, signum: int) -> tuple[int, str]:
-    process = start(folder)
+def kill_at(folder: Path, delay: float, signum: int, *arguments: str) -> tuple[int, str]:
+    process = start(folder, *arguments)
     wait_for_partial(folder, process)
     time.sleep(delay)
     process.send_signal(signum)
@@ -97,35 +106,106 @@ def kill_at(folder: Path, delay: float, signum: int) -> tuple[int, str]:
     return process.returncode, err
 
 
-def kill_often(folder: Path, duration: float, times: int) -> None:
+@pytest.fixture(scope="module")
+def expected(folder: Path, duration: float) -> dict[str, bytes]:
+    """The files of an undisturbed run."""
+    clean(folder)
+    process = start(folder)
+    process.communicate(timeout=120)
+    return {name: (folder / name).read_bytes() for name in (FINAL, MANIFEST)}
+
+
+def kill_and_resume(folder: Path, duration: float, expected: dict[str, bytes], times: int) -> None:
+    """Kill, now and then the resumed run, too; then let one finish."""
     seen = set()
     for number in range(times):
         clean(folder)
         code, _ = kill_at(folder, 1.1 * duration * (number + random.Random(number).random()) / times, signal.SIGKILL)
         assert code in (0, -signal.SIGKILL)
         seen.add(state(folder))
+        if number % 3 == 0 and not (folder / FINAL).exists():
+            kill_at(folder, duration / 3, signal.SIGKILL, "--resume")
+        process = start(folder, "--resume")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert {name: (folder / name).read_bytes() for name in expected} == expected
+        assert {path.name for path in folder.iterdir()} <= {
+            *expected,
+            "out.jsonl.report.html",
+            "raw.jsonl",
+            "target.jsonl",
+        }
     assert seen <= {"absent", "4000 lines"} and "absent" in seen
-    clean(folder)
-    process = start(folder)  # what a kill left behind is not in the way
-    process.communicate(timeout=60)
-    assert process.returncode == 0 and state(folder) == "4000 lines"
 
 
-def test_sigkill_leaves_no_torn_result(folder: Path, duration: float) -> None:
-    kill_often(folder, duration, 5)
+def test_a_killed_run_is_resumed_to_the_same_bytes(folder: Path, duration: float, expected: dict[str, bytes]) -> None:
+    kill_and_resume(folder, duration, expected, 5)
 
 
 @pytest.mark.slow
-def test_sigkill_at_fifty_moments(folder: Path, duration: float) -> None:
-    kill_often(folder, duration, 50)
+def test_fifty_kills(folder: Path, duration: float, expected: dict[str, bytes]) -> None:
+    kill_and_resume(folder, duration, expected, 50)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_interrupts_exit_130_and_leave_nothing(folder: Path, duration: float, signum: int) -> None:
+def test_interrupts_exit_130_and_can_be_resumed(
+    folder: Path, duration: float, expected: dict[str, bytes], signum: int
+) -> None:
     clean(folder)
-    code, err = kill_at(folder, duration / 3, signum)
-    assert (code, err) == (130, "salience: interrupted; no unfinished output was left\n")
-    assert sorted(os.listdir(folder)) == ["raw.jsonl", "target.jsonl"]
+    process = start(folder)
+    wait_for_partial(folder, process, "targets-0.log")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, f"{KEPT}salience: interrupted; no unfinished output was left\n")
+    assert sorted(os.listdir(folder)) == [LEDGER, "raw.jsonl", "target.jsonl"]
+    process = start(folder)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "pass --resume to finish it, or --overwrite to start again" in err
+    process = start(folder, "--resume")
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (folder / FINAL).read_bytes() == expected[FINAL]
+
+
+def test_a_resumed_run_must_be_the_same(folder: Path, duration: float, expected: dict[str, bytes]) -> None:
+    """Other parameters and other bytes are told; the ledger stays for the run that it belongs to."""
+    clean(folder)
+    process = start(folder)
+    wait_for_partial(folder, process, "count.log")
+    process.kill()
+    process.communicate()
+    for arguments, said in (
+        (["--count", "4001"], "choice count was 4000 and is 4001"),
+        (["--seed", "1"], "scoring parameters random_state was 0 and is 1"),
+        (["--smoothing", "1"], "scoring parameters smoothing was 0.0 and is 1.0"),
+        (["--target", "raw.jsonl"], "scoring target 0 files raw.jsonl was absent"),
+    ):
+        process = start(folder, "--resume", *arguments)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and said in err and "cannot be gone on with" in err
+    data = (folder / "raw.jsonl").read_bytes()
+    try:
+        (folder / "raw.jsonl").write_bytes(data[:12] + bytes([data[12] ^ 1]) + data[13:])
+        process = start(folder, "--resume")
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 2 and "raw.jsonl has changed (between bytes 0 and" in err
+    finally:
+        (folder / "raw.jsonl").write_bytes(data)
+    process = start(folder, "--resume")
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and (folder / FINAL).read_bytes() == expected[FINAL]
+
+
+def test_two_runs_do_not_write_one_output(folder: Path) -> None:
+    clean(folder)
+    first = start(folder)
+    wait_for_partial(folder, first)
+    first.send_signal(signal.SIGSTOP)
+    second = start(folder, "--resume")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and "another run is at work in" in err
+    first.send_signal(signal.SIGCONT)
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and state(folder) == "4000 lines"
 
 
 def test_an_interrupted_overwrite_keeps_the_old_output(folder: Path, duration: float) -> None:
@@ -136,7 +216,7 @@ def test_an_interrupted_overwrite_keeps_the_old_output(folder: Path, duration: f
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 130 and (folder / FINAL).read_text() == '{"text": "old"}\n'
-    assert sorted(os.listdir(folder)) == [FINAL, "raw.jsonl", "target.jsonl"]
+    assert sorted(os.listdir(folder)) == [LEDGER, FINAL, "raw.jsonl", "target.jsonl"]
 
 
 def test_a_disk_that_takes_no_more_exits_1(folder: Path) -> None:
@@ -149,8 +229,11 @@ def test_a_disk_that_takes_no_more_exits_1(folder: Path) -> None:
     clean(folder)
     process = start(folder, "--hold-out", "0", preexec_fn=limit)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err.startswith("salience: ") and "File too large" in err
-    assert "Traceback" not in err and sorted(os.listdir(folder)) == ["raw.jsonl", "target.jsonl"]
+    assert process.returncode == 1 and err.startswith(f"{KEPT}salience: ") and "File too large" in err
+    assert "Traceback" not in err and sorted(os.listdir(folder)) == [LEDGER, "raw.jsonl", "target.jsonl"]
+    process = start(folder, "--hold-out", "0", "--resume")  # there is room again
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and state(folder) == "4000 lines"
 
 
 def test_a_closed_pipe_ends_quietly(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pools import LAW, SEA, accounted, jsonl, model, prose, select, share_of, te
 from salience.data import score_text, select_text
 from salience.errors import DataError, InputError, NothingToDo, SalienceError
 from salience.io import Corpus, checksum, corpus
+from salience.scores import Scores
 
 
 @pytest.fixture
@@ -202,8 +203,10 @@ def test_the_manifest_tells_what_was_done(pool: tuple[Path, Path], tmp_path: Pat
     assert manifest["counts"] == {
         "read": 136, "selected": 20, "not_selected": 115, "too_short": 0, "blank": 0, "quarantined": 1,
     }  # fmt: skip
-    assert manifest["parameters"]["random_state"] == 5 and manifest["parameters"]["hold_out"] == 0.2
-    assert [entry["file"] for entry in manifest["raw"]] == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+    scoring, choice = manifest["facts"]["scoring"], manifest["facts"]["choice"]
+    assert scoring["parameters"]["random_state"] == 5 and scoring["parameters"]["hold_out"] == 0.2
+    assert list(scoring["raw"]["files"]) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"] and choice["count"] == 20
+    assert set(manifest["digests"]) == {"raw", "target 0"} and choice["method"] == "dsir"
     assert manifest["proof"]["verdict"] == result.proof.verdict and manifest["proof"]["better"] == result.proof.better
     for name, entry in manifest["files"].items():
         assert checksum(tmp_path / name) == entry["xxh3_128"]
@@ -220,7 +223,8 @@ def test_progress_and_what_a_report_needs(pool: tuple[Path, Path], tmp_path: Pat
     assert list(stages) == ["targets", "count", "weigh", "copy"]
     for steps in stages.values():
         assert [done for done, _ in steps] == sorted(done for done, _ in steps) and steps[-1][0] == steps[-1][1]
-    scores = score_text(Corpus(pool[0]), [Corpus(pool[1])], model())
+    score_text(Corpus(pool[0]), [Corpus(pool[1])], tmp_path / "scored", model=model())
+    scores = Scores.load(tmp_path / "scored" / "scores.parquet")
     assert len(result.most) == len(result.least) == 10 and len(result.weights) == 135
     assert [score for _, score, _ in result.most] == sorted((s for _, s, _ in result.most), reverse=True)
     assert [score for _, score, _ in result.least] == sorted(s for _, s, _ in result.least)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pools import LAW, SEA, accounted, jsonl, model, prose, select, share_of, texts_of, write_pool
 
-from salience.data import score_text, select_text, text_passes
+from salience.data import DSIR, score_text, select_text, text_passes
 from salience.data.dsir.features import bucket, ngram_strings, tokenize
 from salience.errors import InputError
 from salience.io import Corpus, corpus, gumbel, lines, read
@@ -234,12 +234,14 @@ def test_scores_of_all_documents_draw_what_the_method_draws(
 ) -> None:
     raw, target = pool
     jsonl(raw / "blank.jsonl", []).write_text("\n\n")
-    scores = score_text(Corpus(raw), [Corpus(target)], model())
-    counts = {"read": 137, "scored": 135, "blank": 2, "quarantined": 0}
+    manifest = score_text(Corpus(raw), [Corpus(target)], tmp_path / "scored", model=model(), hold_out=0)
+    scores = Scores.load(tmp_path / "scored" / "scores.parquet")
+    counts = {"read": 137, "documents": 135, "blank": 2, "quarantined": 0}
     assert len(scores) == 135 and scores.unit == "sample" and scores.provenance["counts"] == counts
-    scores.save(tmp_path / "scores.parquet")
-    loaded = Scores.load(tmp_path / "scores.parquet")
-    shuffled = loaded.keep(np.random.default_rng(0).permutation(135))
+    assert manifest["counts"] == counts
+    fitted = DSIR.load(tmp_path / "scored" / "model.safetensors")
+    assert scores.values.tolist() == fitted.log_weights(Corpus(raw))[:, 0].tolist()
+    shuffled = scores.keep(np.random.default_rng(0).permutation(135))
     select(raw, target, tmp_path / "a.jsonl", count=20, hold_out=0, top_k=top_k)
     result = select(raw, target, tmp_path / "b.jsonl", count=20, hold_out=0.2, top_k=top_k, scores=shuffled)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
@@ -252,7 +254,8 @@ def test_scores_of_all_documents_draw_what_the_method_draws(
 
 def test_scores_that_do_not_fit_are_refused(pool: tuple[Path, Path], tmp_path: Path) -> None:
     raw, target = pool
-    scores = score_text(Corpus(raw), [Corpus(target)], model())
+    score_text(Corpus(raw), [Corpus(target)], tmp_path / "scored", model=model())
+    scores = Scores.load(tmp_path / "scored" / "scores.parquet")
     wrong = Scores([1, 2], ["other.jsonl:0", "other.jsonl:9"], "sample")
     for bad, message in (
         (Scores([1], ["a"], "sample"), "ids of the form file:row, not 'a'"),
@@ -266,9 +269,9 @@ def test_scores_that_do_not_fit_are_refused(pool: tuple[Path, Path], tmp_path: P
             select(raw, target, tmp_path / "out.jsonl", count=5, scores=bad)
     assert not list(tmp_path.glob("*out*"))
     with pytest.raises(InputError, match="scores of separate targets are several"):
-        score_text(Corpus(raw), [Corpus(target)] * 2, model(separate_targets=True))
+        score_text(Corpus(raw), [Corpus(target)] * 2, tmp_path / "two", model=model(separate_targets=True))
     with pytest.raises(InputError, match="a target is needed"):
-        score_text(Corpus(raw), [])
+        score_text(Corpus(raw), [], tmp_path / "none")
 
 
 # --- methods ------------------------------------------------------------------------------------------------
@@ -281,7 +284,7 @@ def test_methods_differ_as_they_should(pool: tuple[Path, Path], tmp_path: Path) 
         result = select(*pool, out, count=30, method=method)
         shares[method] = share_of(SEA, texts_of(out))
         baselines[method] = {item.baseline for item in result.proof.comparisons}
-        assert result.manifest["method"] == method
+        assert result.manifest["facts"]["choice"]["method"] == method
     assert shares["dsir"] == 1.0 and shares["heuristic"] > 0.6 and 0.1 < shares["random"] < 0.6
     assert baselines == {
         "dsir": {"random", "heuristic"}, "heuristic": {"random", "dsir"}, "random": {"random", "heuristic", "dsir"},

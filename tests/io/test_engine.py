@@ -20,15 +20,15 @@ def units(monkeypatch: pytest.MonkeyPatch) -> list[Unit]:
 
 @pytest.mark.parametrize("workers", [1, 2, 7, None])
 def test_order_and_progress(units: list[Unit], workers: int | None) -> None:
-    done: list[int] = []
+    done: list[tuple[Unit, int]] = []
 
     def slow_at_first(unit: Unit) -> int:
         time.sleep(0.005 if unit.number % 3 == 0 else 0)
         return unit.start
 
-    found = list(map_units(slow_at_first, units, workers=workers, progress=done.append))
+    found = list(map_units(slow_at_first, units, workers=workers, done=lambda unit, start: done.append((unit, start))))
     assert found == [(unit, 10 * unit.number) for unit in units]
-    assert done == [unit.bytes for unit in units]
+    assert sorted(done, key=lambda pair: pair[1]) == found
     assert list(map_units(slow_at_first, [], workers=workers)) == []
 
 

@@ -18,7 +18,7 @@ import pytest
 import xxhash
 
 from salience.errors import DataError, InputError
-from salience.io import Corpus, Output, RecordWriter, checksum, lines, read, write_quarantine, writer
+from salience.io import Corpus, Output, RecordWriter, checksum, lines, read, records_of, write_quarantine, writer
 
 
 def copy(pool: Corpus, path: Path, keep) -> int:
@@ -28,7 +28,7 @@ def copy(pool: Corpus, path: Path, keep) -> int:
     for unit in pool.units:
         for batch in read(pool, unit, whole=True):
             mask = np.array([keep(text) for text in batch.text.to_pylist()], dtype=bool)
-            count += records.write(records.chosen(batch, mask))
+            count += records.write(records_of(batch, mask, records.format))
     records.close()
     return count
 
@@ -311,7 +311,7 @@ def test_the_quarantine_holds_file_offset_reason_and_raw_bytes(tmp_path: Path) -
     bad = [b'{"text": 1}', b'{"text": "\xff"}', '{"tëxt": "\u2028"}'.encode(), b'{"text": "\x00\x1b"}']
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(bad) + b"\n")
     pool = Corpus(tmp_path / "in.jsonl")
-    records = [(batch.source, record) for batch in read(pool, pool.units[0]) for record in batch.bad]
+    records = [(batch.source.path, record) for batch in read(pool, pool.units[0]) for record in batch.bad]
     write_quarantine(tmp_path / "bad.jsonl", records)
     written = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="ascii").split("\n")[:-1]]
     assert [line["file"] for line in written] == [str(tmp_path / "in.jsonl")] * 4

@@ -10,7 +10,17 @@ import typer
 
 from salience import __version__
 from salience._lazy import missing_extra
-from salience.cli import explain_table, papers, reproduce, select_text, verbs, verify_labels
+from salience.cli import (
+    explain_saliency,
+    explain_table,
+    papers,
+    rank_table,
+    reproduce,
+    select_text,
+    verbs,
+    verify_labels,
+    verify_output,
+)
 from salience.cli._say import say
 from salience.errors import SalienceError
 
@@ -22,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS = (select_text, explain_table, verify_labels)  # importing a command's file hangs it on its verb
+# Importing a command's file hangs it on its verb.
+_COMMANDS = (explain_saliency, explain_table, rank_table, select_text, verify_labels, verify_output)
 for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:
         app.add_typer(_verb, name=_name)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,19 +18,23 @@ from salience.errors import InputError
 
 if TYPE_CHECKING:
     from salience.data.proof import Proof
-    from salience.data.text_selection import TextSelection
+    from salience.data.text_selection import AlreadyDone, TextSelection
     from salience.io import Corpus
 
 _EPILOG = (
     "Examples:\n\n"
     "salience select text raw/*.jsonl --target mine.jsonl --count 50000 -o chosen.jsonl\n\n"
     "salience select text pool/ --target a.jsonl --target b.jsonl --separate-targets --fraction 0.1 -o out.jsonl\n\n"
-    "salience select text raw.parquet --target mine.parquet --scores-only -o scores.parquet\n\n"
+    "salience select text raw/*.jsonl --target mine.jsonl --count 50000 -o chosen.jsonl --resume\n\n"
+    "salience select text raw/ --target mine.parquet --scores-only -o scored/\n\n"
+    "salience select text raw/ --target mine.parquet --from-scores scored/ --count 9000 -o chosen.parquet\n\n"
+    "salience select text /shared/raw --target mine.jsonl --fraction 0.01 -o out.jsonl --engine ray --ray-address auto\n\n"
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
 _DSIR = "Options of dsir alone"
 _WEIGHING = "Options of weighing"
 _DATA = "Data"
+_RUN = "The run"
 
 
 class Method(StrEnum):
@@ -36,6 +43,13 @@ class Method(StrEnum):
     dsir = "dsir"
     heuristic = "heuristic"
     random = "random"
+
+
+class Engine(StrEnum):
+    """Where the corpus is worked at."""
+
+    threads = "threads"
+    ray = "ray"
 
 
 class Hash(StrEnum):
@@ -49,7 +63,7 @@ class Hash(StrEnum):
 def text(
     raw: Annotated[list[str], typer.Argument(help="Raw corpus: files, globs or directories (.jsonl, .csv, .txt, also .gz and .zst; .parquet).", show_default=False)],
     target: Annotated[list[str], typer.Option("--target", "-t", help="Target text, the same formats; may be repeated.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Output: .jsonl, or the format of the input.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", help="Output, a path or URL: .jsonl, or the format of the input.", show_default=False)],
     count: Annotated[int | None, typer.Option("--count", "-n", help="Documents to choose.", show_default=False)] = None,
     fraction: Annotated[float | None, typer.Option(help="Or the share of the raw documents to choose.", show_default=False)] = None,
     method: Annotated[Method, typer.Option(help="dsir: importance resampling; heuristic: classifier; random. All three are compared.")] = Method.dsir,
@@ -66,10 +80,14 @@ def text(
     proportions: Annotated[str | None, typer.Option(help="Quotas of separate targets, as in 0.7,0.3 [default: by size].", rich_help_panel=_DSIR, show_default=False)] = None,
     hold_out: Annotated[float, typer.Option(help="Share of the target kept out to measure on; 0 uses all of it and measures nothing.")] = 0.2,
     scores: Annotated[Path | None, typer.Option(help="Draw by the log-weights of this Scores file instead of a method.", show_default=False)] = None,
-    scores_only: Annotated[bool, typer.Option("--scores-only", help="Write the Scores of all documents (a .parquet file) and choose nothing.")] = False,
+    scores_only: Annotated[bool, typer.Option("--scores-only", help="Weigh all documents, write the Scores into the folder OUT, and choose nothing.")] = False,
+    from_scores: Annotated[Path | None, typer.Option(help="Folder that --scores-only wrote of the same files: count and weigh nothing again.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Threads [default: all cores]; does not change the result.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads, or Ray tasks at once [default: all cores]; does not change the result.", rich_help_panel=_RUN, show_default=False)] = None,
+    engine: Annotated[Engine, typer.Option(help="threads of this machine, or tasks of a Ray cluster; does not change the result.", rich_help_panel=_RUN)] = Engine.threads,
+    ray_address: Annotated[str | None, typer.Option(help="Cluster to join, as in auto or ray://HOST:10001 [default: one on this machine].", rich_help_panel=_RUN, show_default=False)] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run of the same options; the result is the same byte for byte.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, or start an interrupted run again.", rich_help_panel=_RUN)] = False,
     report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and how long it would take; write nothing.")] = False,
@@ -80,10 +98,16 @@ def text(
     draws without replacement by that weight (DSIR, NeurIPS 2023). Then measures on target documents that it never saw
     whether the choice beats a random one of equal size, and prints that first.
     """
-    from salience.data import DSIR
-    from salience.io import Corpus
+    from salience.data import DSIR, AlreadyDone, select_text
+    from salience.io import Corpus, connect_ray
+    from salience.io.remote import is_url
+    from salience.scores import Scores
 
-    _check_usage(count, fraction, scores_only, scores, method, top_k)
+    _check_usage(count, fraction, scores_only, scores, from_scores, method, top_k)
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite starts again: leave one out")
+    if ray_address is not None and engine is not Engine.ray:
+        raise InputError("--ray-address needs --engine ray")
     if method is not Method.dsir or scores is not None:
         _refuse_own(smoothing=smoothing, separate_targets=separate_targets, proportions=proportions)
     model = DSIR(
@@ -92,25 +116,37 @@ def text(
         workers=workers, random_state=seed,
     )  # fmt: skip
     pool, targets = Corpus(raw, text_column), [Corpus(name, text_column) for name in target]
-    page = report or Path(f"{out}.report.html")
+    page = report or Path(f"{out.rsplit('/', 1)[-1] if is_url(out) else out}.report.html")
     if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
-    if page.exists() and not overwrite:
+    if page.exists() and not (overwrite or resume):
         raise InputError(f"report {page} exists; pass --overwrite to replace it")
     if dry_run:
         _print_plan(pool, targets, model, count, as_json)
         return
+    if engine is Engine.ray:
+        connect_ray(ray_address, workers)
+    how: dict[str, Any] = {
+        "model": model, "hold_out": hold_out, "engine": engine.value, "resume": resume, "overwrite": overwrite,
+    }  # fmt: skip
     if scores_only:
-        _write_scores(pool, targets, model, out, overwrite, as_json)
+        _write_scores(pool, targets, out, how, as_json)
         return
-    result = _run(pool, targets, out, count, fraction, method.value, model, scores, top_k, hold_out, overwrite)
+    how |= {"count": count, "fraction": fraction, "method": method.value, "top_k": top_k, "from_scores": from_scores}
+    how["scores"] = None if scores is None else Scores.load(scores)
+    try:
+        with _progress(pool, targets, model, out) as advance:
+            result = select_text(pool, targets, out, **how, progress=advance)
+    except AlreadyDone as done:
+        _print_done(done, as_json)
+        return
     _report(result, page)
     _print(result, page, as_json)
 
 
-def _check_usage(count, fraction, scores_only, scores, method, top_k) -> None:
-    if scores_only and (count is not None or fraction is not None or scores is not None):
-        raise InputError("--scores-only chooses nothing: leave --count, --fraction and --scores out")
+def _check_usage(count, fraction, scores_only, scores, from_scores, method, top_k) -> None:
+    if scores_only and any(option is not None for option in (count, fraction, scores, from_scores)):
+        raise InputError("--scores-only chooses nothing: leave --count, --fraction, --scores and --from-scores out")
     if not scores_only and (count is None) == (fraction is None):
         raise InputError("give either --count or --fraction")
     if scores is not None and method is not Method.dsir:
@@ -137,54 +173,48 @@ def _numbers(written: str | None) -> list[float] | None:
         raise InputError(f"--proportions must be numbers with commas between, not {written!r}") from None
 
 
-def _run(pool, targets, out, count, fraction, method, model, scores, top_k, hold_out, overwrite) -> TextSelection:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+@contextmanager
+def _progress(pool: Corpus, targets: list[Corpus], model: Any, out: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress line by the estimate of --dry-run; says after an interrupt how to go on."""
+    from salience.cli._progress import StageProgress
+    from salience.data.estimate import estimate
+    from salience.data.text_passes import kept_beside
 
-    from salience.data import select_text
-    from salience.scores import Scores
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        return select_text(
-            pool, targets, out, count=count, fraction=fraction, method=method, model=model,
-            scores=None if scores is None else Scores.load(scores), top_k=top_k, hold_out=hold_out,
-            overwrite=overwrite, progress=advance,
-        )  # fmt: skip
+    expected = estimate(pool, targets, model, None)["stages"] if sys.stderr.isatty() else {}
+    try:
+        with StageProgress(expected) as advance:
+            yield advance
+    except (KeyboardInterrupt, OSError):
+        if kept_beside(out).exists():
+            say("finished units are kept: the same command with --resume goes on from there", err=True)
+        raise
 
 
-def _write_scores(pool: Corpus, targets: list[Corpus], model: Any, out: Path, overwrite: bool, as_json: bool) -> None:
-    from salience.data import score_text
-    from salience.io import Output
+def _write_scores(pool: Corpus, targets: list[Corpus], out: str, how: dict[str, Any], as_json: bool) -> None:
+    from salience.data import AlreadyDone, score_text
 
-    if out.suffix != ".parquet":
-        raise InputError(f"--scores-only writes Parquet: name an output that ends in .parquet, not {out.name}")
-    with Output(out, overwrite, [pool, *targets]) as output:
-        scores = score_text(pool, targets, model)
-        scores.save(output.file())
-        output.commit({"command": "select text --scores-only", **scores.provenance})
-    counts = scores.provenance["counts"]
+    try:
+        with _progress(pool, targets, how["model"], out) as advance:
+            manifest = score_text(pool, targets, out, **how, progress=advance)
+    except AlreadyDone as done:
+        _print_done(done, as_json)
+        return
+    counts = manifest["counts"]
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "documents": len(scores), "unit": scores.unit, **counts}))
+        typer.echo(json.dumps({"out": str(out), **counts}))
         return
     say(
-        f"{counts['read']:,} records read = {counts['scored']:,} scored + {counts['blank']:,} blank + "
-        f"{counts['quarantined']:,} quarantined\nwritten: {out}"
+        f"{counts['read']:,} records read = {counts['documents']:,} weighed + {counts['blank']:,} blank + "
+        f"{counts['quarantined']:,} quarantined\nwritten: {out}/scores.parquet\n"
+        f"choose from it: the same command with --from-scores {out} --count N in place of --scores-only"
     )
+
+
+def _print_done(done: AlreadyDone, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"already_complete": True, **done.manifest["counts"], "proof": done.manifest["proof"]}))
+        return
+    say(f"{done}, written by the same options from the same bytes: nothing was done")
 
 
 def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | None, as_json: bool) -> None:
@@ -198,8 +228,10 @@ def _print_plan(pool: Corpus, targets: list[Corpus], model: Any, count: int | No
     typer.echo(f"targets  {plan['target_bytes'] / 1e6:,.1f} MB")
     typer.echo(f"passes   {plan['passes']} over the raw corpus (count, weigh), then the chosen units once more")
     typer.echo(f"memory   about {plan['peak_bytes'] / 1e6:,.0f} MB with {plan['workers']} workers")
+    stages = ", ".join(f"{stage} {seconds:,.0f}" for stage, seconds in plan["stages"].items())
     typer.echo(
-        f"time     about {plan['seconds']:,.0f} s at the measured {plan['bytes_per_second'] / 1e6:,.1f} MB/s a pass"
+        f"time     about {plan['seconds']:,.0f} s ({stages}) at the measured "
+        f"{plan['bytes_per_second'] / 1e6:,.1f} MB/s a pass"
     )
     typer.echo("nothing was written")
 

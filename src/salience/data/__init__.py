@@ -9,16 +9,18 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
-    from salience.data.text_selection import TextSelection, score_text, select_text
+    from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
+    "AlreadyDone": "text_selection",
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "AlreadyDone",
     "HashedNgrams",
     "HeuristicClassifier",
     "TextSelection",

@@ -11,21 +11,19 @@ Random is the mean of several random selections of equal size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.stats
 import xxhash
 from jaxtyping import Float, Int
 
 from salience.data.dsir.features import Buckets, HashedNgrams
 from salience.data.dsir.weights import log_ratio
 from salience.errors import InputError
-from salience.measure import paired_difference
+from salience.measure import difference_over_draws
 from salience.measure.language import ByteNgram
 
 MODEL_BYTES = 2_000_000
@@ -58,6 +56,18 @@ class Texts:
         self._strings += other._strings
         self.where += other.where
 
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a ledger."""
+        return {"counts": self.counts, "where": self.where, "strings": self._strings}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Texts:
+        """What `state` was taken of."""
+        texts = cls()
+        texts.counts, texts._strings = state["counts"], state["strings"]
+        texts.where = [(file, row) for file, row in state["where"]]
+        return texts
+
     def strings(self) -> list[str]:
         """The kept texts."""
         return self._strings
@@ -81,13 +91,35 @@ class Sample(Texts):
     def offer(self, texts: pa.Array, keys: Float[np.ndarray, " texts"]) -> None:
         """Offer documents with a key each."""
         best = np.argsort(keys, kind="stable")[: self._size]
-        if len(self._keys) == self._size:
-            best = best[keys[best] < self._keys[-1]]
+        best = best[keys[best] < self.bound]
         self._merge(keys[best], texts.take(pa.array(best)).to_pylist())
 
     def extend(self, other: Sample) -> None:  # type: ignore[override]
         """Take over another sample."""
         self._merge(other._keys, other._strings)
+
+    def below(self, bound: float) -> Sample:
+        """Those with smaller keys than `bound` alone."""
+        part = Sample(self._size)
+        keep = np.flatnonzero(self._keys < bound)
+        part._keys, part._strings = self._keys[keep], [self._strings[at] for at in keep.tolist()]
+        return part
+
+    @property
+    def bound(self) -> float:
+        """What a key must be smaller than to come in."""
+        return float(self._keys[-1]) if len(self._keys) == self._size else np.inf
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a ledger."""
+        return {"size": self._size, "keys": self._keys, "strings": self._strings}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Sample:
+        """What `state` was taken of."""
+        sample = cls(state["size"])
+        sample._keys, sample._strings = state["keys"], state["strings"]
+        return sample
 
     def _merge(self, keys: np.ndarray, strings: list[str]) -> None:
         keys, strings = np.concatenate([self._keys, keys]), self._strings + strings
@@ -247,21 +279,10 @@ def _shares(sums: Float[np.ndarray, " n"], lengths: Float[np.ndarray, " n"]) -> 
 def _compare(
     measure: str, baseline: str, chosen: np.ndarray, others: list[np.ndarray], sign: int, seed: int
 ) -> Comparison:
-    """Compare with the mean over draws of a baseline.
-
-    The interval over documents is widened by how far one more draw may lie from the mean of n, t s sqrt(1 + 1/n):
-    documents alone would call one random draw in six better than others.
-    """
+    """Compare with the mean over draws of a baseline."""
     other = np.mean(others, axis=0)
-    found = paired_difference(sign * chosen, sign * other, random_state=seed)
-    reach, draws = 0.0, len(others)
-    if draws > 1:
-        spread = float(np.std([draw.mean() for draw in others], ddof=1))
-        reach = float(scipy.stats.t.ppf(0.975, draws - 1)) * spread * math.sqrt(1 + 1 / draws)
-    low, high = (
-        found.mean + side * math.hypot(end - found.mean, reach) for side, end in ((-1, found.low), (1, found.high))
-    )
-    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, low, high)
+    found = difference_over_draws(sign * chosen, [sign * draw for draw in others], random_state=seed)
+    return Comparison(measure, baseline, float(chosen.mean()), float(other.mean()), found.mean, found.low, found.high)
 
 
 def _within(texts: list[str], budget: int) -> list[str]:

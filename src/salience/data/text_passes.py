@@ -1,89 +1,100 @@
 """The passes of `select_text`: count the targets, count the raw corpus, weigh and draw, copy what was drawn.
 
-Every pass is a pure function of a unit whose results merge in any order. The features of the first `KEPT_BYTES` are
-kept between counting and weighing, so that a corpus of about that size is read and hashed once.
+Every pass maps a stage (`salience.data.text_stages`) over units and merges the results; a ledger keeps what finished
+units gave. The features of the first `KEPT_BYTES` are kept between counting and weighing, so that a corpus of about
+that size is read and hashed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Float, Int
 
+from salience import __version__
 from salience.data.baselines import HeuristicClassifier
-from salience.data.dsir.features import Buckets, ngram_keys
-from salience.data.dsir.resample import TopK, check_count, quotas, take
-from salience.data.dsir.weights import add_counts
-from salience.data.proof import Sample, Texts, text_hashes
+from salience.data.dsir.features import ngram_keys
+from salience.data.dsir.resample import check_count, quotas, take
+from salience.data.dsir.weights import DSIR
+from salience.data.proof import Sample, Texts
+from salience.data.text_stages import SAMPLE, Copy, CountRaw, CountTarget, Draw, Hashed, Weigh
 from salience.errors import DataError, InputError
-from salience.io import (
-    Batch,
-    Corpus,
-    RecordWriter,
-    Source,
-    Tally,
-    Unit,
-    gumbel,
-    map_units,
-    peek,
-    read,
-    uniform,
-)  # fmt: skip
+from salience.io import Corpus, Ledger, RecordWriter, Tally, Unit, key_of, peek
+from salience.io.place import home
+from salience.io.remote import url_of
 from salience.scores import Scores
 
 METHODS = ("dsir", "heuristic", "random")
 RANDOM_DRAWS = 3, 10  # fewest and most: the smaller a selection is, the more its random likes differ
 RANDOM_DOCUMENTS = 4000  # in all random draws together, if that is no fewer than the fewest of them
 KEPT_BYTES = 128 << 20  # features kept from counting
-SAMPLE = 2000  # documents kept of each side: for the classifier, the figures, and the byte model
 SHOWN = 10
 Progress = Callable[[str, int, int], object]
-
-
-class Hashed(NamedTuple):
-    """A batch reduced to what weighing needs."""
-
-    source: Source
-    rows: Int[np.ndarray, " documents"]
-    buckets: Buckets
+_CHOICE = ("min_tokens", "target_proportions")  # parameters of DSIR that do not touch the weights
 
 
 class TextPasses:
-    """The state that the passes hand on; every method is one pass."""
+    """The state that the passes hand on.
 
-    def __init__(self, raw, targets, model, method, scores, top_k, hold_out, progress) -> None:
-        if method not in METHODS:
-            raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    Parameters
+    ----------
+    raw, targets, model
+        As in `select_text`.
+    hold_out : float
+        Share of the target documents that are not fitted on.
+    compare : bool
+        Whether the classifier is needed, to choose by or to compare with.
+    engine : str
+        Where units are worked at: see `salience.io.map_units`.
+    progress : callable, optional
+    """
+
+    def __init__(
+        self, raw: Corpus, targets: Sequence[Corpus], model: DSIR, *, hold_out: float, compare: bool, engine: str,
+        progress: Progress | None,
+    ) -> None:  # fmt: skip
         if not 0 <= hold_out <= 0.5:
             raise InputError(f"hold_out must lie in 0..0.5, not {hold_out}")
         if not targets:
             raise InputError("a target is needed")
-        self.raw, self.model, self.top_k, self.hold_out = raw, model, top_k, hold_out
-        self.method = "scores" if scores is not None else method
+        self.raw, self.model, self.hold_out, self.engine = raw, model, hold_out, engine
         self.targets = list(targets) if model.separate_targets else [Corpus.joined(targets)]
         model.check(len(self.targets))
-        if model.separate_targets and self.method != "dsir":
-            raise InputError(f"separate_targets belongs to the method dsir, not to {self.method}")
-        if model.tokenizer is not None and (self.method == "heuristic" or hold_out):
+        if model.tokenizer is not None and (compare or hold_out):
             raise InputError("heuristic classification works with the built-in tokenizer only; use hold_out=0")
-        self.given = _by_source(scores, raw) if scores is not None else {}
         self.progress = progress or (lambda stage, done, total: None)
         self.featurizer, self.seed = model.featurizer(), model.random_state
+        self.compare = compare
+        self.heuristic: HeuristicClassifier | None = None
         self.warnings: list[str] = []
+        self.scoring: Ledger  # set before the first pass
+        self.choosing: Ledger
 
-    def _map(self, stage: str, fn: Callable[[Unit], Any], corpus: Corpus, units: Sequence[Unit] | None = None):
+    def scoring_facts(self) -> dict[str, Any]:
+        """What weights depend on, as plain data."""
+        parameters = {name: value for name, value in self.model.described().items() if name not in _CHOICE}
+        parameters["tokenizer"] = getattr(self.model.tokenizer, "__qualname__", None)
+        return {
+            "salience": __version__,
+            "Unicode": unicodedata.unidata_version,  # of lower-casing
+            "parameters": {**parameters, "hold_out": self.hold_out, "classifier": self.compare or self.hold_out > 0},
+            "raw": described(self.raw),
+            "target": {str(number): described(target) for number, target in enumerate(self.targets)},
+        }
+
+    def _map(self, ledger: Ledger, stage: str, fn: Any, corpus: Corpus, units: Sequence[Unit] | None = None,
+             slim: Callable[[Any], Any] | None = None) -> Iterator[tuple[Unit, Any]]:  # fmt: skip
         units = corpus.units if units is None else units
         total, done = sum(unit.bytes for unit in units), 0
-        for unit, result in map_units(fn, units, workers=self.model.workers):
+        mapped = ledger.map(stage, fn, units, workers=self.model.workers, engine=self.engine, slim=slim)
+        for unit, result in mapped:
             yield unit, result
             done += unit.bytes
-            self.progress(stage, done, total)
-
-    def _uniform(self, purpose: str, batch: Batch | Hashed) -> np.ndarray:
-        return uniform(self.seed, purpose, batch.source.file_id, batch.rows)
+            self.progress(stage.split("-")[0], done, total)
 
     # --- the targets ---
 
@@ -92,20 +103,17 @@ class TextPasses:
         self.target_tally = Tally()
         self.held, self.fitted = Sample(SAMPLE), Sample(SAMPLE)
         counts, held_counts = [], []
-        for target in self.targets:
+        for number, target in enumerate(self.targets):
             peek(target)
             total, tally = np.zeros((2, self.model.num_buckets), np.int64), Tally()
             target_held, target_fitted = Sample(SAMPLE), Sample(SAMPLE)
             limit = self.model.ngram_limit(target) if self.model.separate_targets else None
-
-            def fold(unit: Unit, target: Corpus = target, limit: int | None = limit) -> Any:
-                return self._target_unit(target, unit, limit)
-
-            for _, (part, held, fitted, part_tally) in self._map("targets", fold, target):
-                total += part
-                target_held.extend(held)
-                target_fitted.extend(fitted)
-                tally.merge(part_tally)
+            stage = CountTarget(target, self.featurizer, limit, self.model.max_bad, self.hold_out, self.seed)
+            for _, part in self._map(self.scoring, f"targets-{number}", stage, target):
+                total += part["counts"]
+                target_held.extend(part["held"])
+                target_fitted.extend(part["fitted"])
+                tally.merge(part["tally"])
             tally.check(self.model.max_bad, "target")
             if not total[0].sum():  # all the words of a small target were held out
                 total, target_held, target_fitted = total[::-1], target_fitted, target_held
@@ -129,199 +137,127 @@ class TextPasses:
                 "weigh heavily against a document; consider --smoothing 1 or fewer --buckets"
             )
 
-    def _target_unit(self, target: Corpus, unit: Unit, limit: int | None):
-        counts, tally = np.zeros((2, self.model.num_buckets), np.int64), Tally()
-        held_out, fitted = Sample(SAMPLE), Sample(SAMPLE)
-        for batch in read(target, unit):
-            tally.add(batch, self.model.max_bad)
-            held = self._uniform("hold-out", batch) < self.hold_out
-            for row, (mask, texts) in enumerate(((~held, fitted), (held, held_out))):
-                part = batch.text.filter(pa.array(mask))
-                add_counts(counts[row], self.featurizer(part), limit)
-                texts.offer(part, self._uniform("target sample", batch)[mask])
-        return counts, held_out, fitted, tally
-
     # --- the raw corpus ---
 
     def survey(self) -> None:
         """Count the raw corpus, and make sure that it has something in common with the target."""
         peek(self.raw)
-        self.raw_counts, self.tally, self.raw_sample = (
-            np.zeros(self.model.num_buckets, np.int64),
-            Tally(),
-            Sample(SAMPLE),
-        )
-        self._shared, self.kept, room = False, {}, KEPT_BYTES
-        self._target_keys = np.unique(ngram_keys(self.fitted.array()))
-        limit = self.model.ngram_limit(self.raw)
-        for unit, (counts, tally, sample, weighed) in self._map(
-            "count", lambda unit: self._survey_unit(unit, limit), self.raw
-        ):
-            self.raw_counts += counts
-            self.tally.merge(tally)
-            self.raw_sample.extend(sample)
-            room -= sum(part.buckets.nbytes for part in weighed)
-            if len(weighed) and room > 0:
-                self.kept[unit.number] = weighed
+        self.raw_counts, self.tally = np.zeros(self.model.num_buckets, np.int64), Tally()
+        self.raw_sample = Sample(SAMPLE)
+        self.kept: dict[int, list[Hashed]] = {}
+        shared, room = False, KEPT_BYTES
+        stage = CountRaw(
+            self.raw, self.featurizer, self.model.ngram_limit(self.raw), self.model.max_bad, self.seed,
+            np.unique(ngram_keys(self.fitted.array())), keep_features=self.engine == "threads",
+        )  # fmt: skip
+
+        def slim(part: dict[str, Any]) -> dict[str, Any]:
+            """Without what weighing makes again, and what cannot come into the sample any more."""
+            return {**part, "sample": part["sample"].below(self.raw_sample.bound), "hashed": []}
+
+        for unit, part in self._map(self.scoring, "count", stage, self.raw, slim=slim):
+            self.raw_counts += part["counts"]
+            self.tally.merge(part["tally"])
+            self.raw_sample.extend(part["sample"])
+            shared = shared or part["shared"]
+            room -= sum(batch.buckets.nbytes for batch in part["hashed"])
+            if part["hashed"] and room > 0:
+                self.kept[unit.number] = part["hashed"]
         self.tally.check(self.model.max_bad, "raw corpus")
-        if not self._shared:
+        if not shared:
             raise DataError("no raw document shares a single word with the target: nothing can be weighed")
-
-    def _survey_unit(self, unit: Unit, limit: int | None):
-        counts, tally, sample = np.zeros(self.model.num_buckets, np.int64), Tally(), Sample(SAMPLE)
-        hashed: list[Hashed] | None = []
-        for batch in read(self.raw, unit):
-            tally.add(batch, self.model.max_bad)
-            self._shared = self._shared or self._shares(batch.text.slice(0, 64)) or self._shares(batch.text)
-            sample.offer(batch.text, self._uniform("raw sample", batch))
-            if limit is not None and counts.sum() > limit:
-                hashed = None  # enough to fit on: the unit is hashed when it is weighed
-                continue
-            buckets = self.featurizer(batch.text)
-            add_counts(counts, buckets, limit)
-            if hashed is not None:
-                hashed.append(Hashed(batch.source, batch.rows, buckets.compact(self.model.num_buckets)))
-        return counts, tally, sample, hashed or []
-
-    def _shares(self, texts: pa.Array) -> bool:
-        return bool(np.isin(ngram_keys(texts), self._target_keys).any())
-
-    def _hashed(self, unit: Unit) -> Iterable[Hashed]:
-        """The features of a unit: kept from counting, or made again."""
-        if unit.number in self.kept:
-            return self.kept[unit.number]
-        return (Hashed(batch.source, batch.rows, self.featurizer(batch.text)) for batch in read(self.raw, unit))
 
     def fit(self) -> None:
         """Estimate the weights, and train the classifier to compare with."""
         self.model.fit_counts(self.raw_counts, self.target_counts)
-        self.heuristic = HeuristicClassifier(
-            ngrams=self.model.ngrams, num_buckets=self.model.num_buckets, hash=self.model.hash, random_state=self.seed
-        )
-        self._tables = self.model.log_diff_
-        if self.method == "heuristic" or len(self.held):
+        self.tables = self.model.log_diff_
+        if self.compare or len(self.held):
+            self.heuristic = HeuristicClassifier(
+                ngrams=self.model.ngrams, num_buckets=self.model.num_buckets, hash=self.model.hash,
+                random_state=self.seed,
+            )  # fmt: skip
             self.heuristic.fit(self.raw_sample.strings(), self.fitted.strings())
-            self._tables = np.concatenate([self.model.log_diff_, self.heuristic.table_])
+            self.tables = np.concatenate([self.tables, self.heuristic.table_])
 
-    def draw(self, count: int) -> None:
+    def weighed(self) -> Iterator[tuple[Unit, dict[str, np.ndarray]]]:
+        """Every unit with the weights of its documents."""
+        weigh = Weigh(self.raw, self.featurizer, self.tables, None, self.kept)
+        for unit, (weighed, _) in self._map(self.scoring, "weigh", weigh, self.raw):
+            yield unit, weighed
+
+    # --- the choice ---
+
+    def draw(self, method: str, count: int, top_k: bool, given: Scores | None) -> None:
         """Weigh every raw document once; draw the selection and everything it is compared with."""
-        self.heaps, self.raw_weights = self._heaps(count), []
+        self.method = method
+        draw = Draw(
+            method, self._selections(method, count), count, SHOWN, len(self.model.log_diff_), top_k,
+            self.model.min_tokens, self.model.ngrams, self.seed, self.tally.documents, self.heuristic,
+            _by_source(given, self.raw) if given is not None else {},
+        )  # fmt: skip
+        heaps, self.raw_weights = draw.heaps(), []
         self.eligible: dict[str, int] = {}
-        for unit, (heaps, eligible, weights) in self._map("weigh", lambda unit: self._draw_unit(unit, count), self.raw):
-            for name, found in heaps.items():
-                for heap, part in zip(self.heaps[name], found):
+        weigh = Weigh(self.raw, self.featurizer, self.tables, draw, self.kept)
+        mapped = self._map(self.scoring, "weigh", weigh, self.raw, slim=lambda result: [result[0], None])
+        for unit, (weighed, drawn) in mapped:
+            drawn = drawn or draw(unit, weighed)  # of a unit from the ledger, which keeps the weights alone
+            for name, found in drawn["heaps"].items():
+                for heap, part in zip(heaps[name], found):
                     heap.merge(part)
-            self.eligible[unit.source.name] = self.eligible.get(unit.source.name, 0) + eligible
-            self.raw_weights.append(weights)
+            self.eligible[unit.source.name] = self.eligible.get(unit.source.name, 0) + drawn["eligible"]
+            self.raw_weights.append(drawn["sampled"])
         total = sum(self.eligible.values())
         check_count(count, total, f" (of at least {self.model.min_tokens} tokens, of {self.tally.documents} in all)")
-        shares = quotas(count, self.model.target_proportions_.tolist()) if self.method == "dsir" else [count]
-        self.picks = {
-            name: take(heaps, shares if name == "chosen" else [heaps[0].k]) for name, heaps in self.heaps.items()
-        }
+        shares = quotas(count, self.model.target_proportions_.tolist()) if method == "dsir" else [count]
+        self.picks = {name: take(found, shares if name == "chosen" else [found[0].k]) for name, found in heaps.items()}
 
-    def _heaps(self, count: int) -> dict[str, list[TopK]]:
-        columns = len(self.model.log_diff_) if self.method == "dsir" else 1
-        heaps = {"chosen": [TopK(count) for _ in range(columns)], "most": [TopK(SHOWN)], "least": [TopK(SHOWN)]}
+    def _selections(self, method: str, count: int) -> tuple[str, ...]:
+        names = ["chosen", "most", "least"]
         if len(self.held):
-            heaps |= {f"random {draw}": [TopK(count)] for draw in range(_random_draws(count))}
-            if self.method != "heuristic":
-                heaps["heuristic"] = [TopK(count)]
-            if self.method not in ("dsir", "scores"):
-                heaps["dsir"] = [TopK(count)]
-        return heaps
-
-    def _draw_unit(self, unit: Unit, count: int):
-        heaps, eligible, sampled = self._heaps(count), 0, []
-        for batch in self._hashed(unit):
-            long = np.flatnonzero(batch.buckets.tokens >= self.model.min_tokens)
-            eligible += len(long)
-            values, keys = self._values_and_keys(batch)
-            rows = batch.rows[long]
-            for name, found in heaps.items():
-                for column, heap in enumerate(found):
-                    key = keys[name][:, column] if keys[name].ndim > 1 else keys[name]
-                    value = values[name][:, column] if values[name].ndim > 1 else values[name]
-                    heap.offer(key[long], value[long], unit.number, rows)
-            shown = self._uniform("raw sample", batch)[long] < SAMPLE / self.tally.documents
-            sampled.append(best_of(values["chosen"])[long][shown])
-        return heaps, eligible, np.concatenate(sampled or [np.empty(0)])
-
-    def _values_and_keys(self, batch: Hashed) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """For every drawing: the score of each document, and the key whose largest are taken."""
-        sums = batch.buckets.sums(self._tables)
-        file_id, rows = batch.source.file_id, batch.rows
-        values: dict[str, np.ndarray] = {"dsir": sums[:, : len(self.model.log_diff_)]}
-        noise = np.stack(
-            [gumbel(self.seed, f"dsir target {t}", file_id, rows) for t in range(len(self.model.log_diff_))], axis=1
-        )
-        keys = {"dsir": values["dsir"] if self.top_k else values["dsir"] + noise}
-        if len(self._tables) > len(self.model.log_diff_):
-            lengths = np.diff(batch.buckets.offsets)
-            values["heuristic"] = self.heuristic.probability(sums[:, -1], lengths)
-            first, second = self._uniform("pareto round", batch), self._uniform("pareto order", batch)
-            keys["heuristic"] = (
-                values["heuristic"] if self.top_k else self.heuristic.keys(values["heuristic"], first, second)
-            )
-        for name in self.heaps:
-            if name.startswith("random "):
-                values[name] = keys[name] = self._uniform(name, batch)
-        if self.method == "random":
-            values["chosen"] = keys["chosen"] = self._uniform("random", batch)
-        elif self.method == "scores":
-            values["chosen"] = _look_up(self.given, batch)
-            keys["chosen"] = values["chosen"] if self.top_k else values["chosen"] + noise[:, 0]
-        else:
-            values["chosen"], keys["chosen"] = values[self.method], keys[self.method]
-        values["most"] = values["least"] = keys["most"] = best_of(values["chosen"])
-        keys["least"] = -keys["most"]
-        return values, keys
-
-    # --- the chosen records ---
+            names += [f"random {draw}" for draw in range(_random_draws(count))]
+            names += [
+                other for other in ("heuristic", "dsir") if other != method and (method, other) != ("scores", "dsir")
+            ]
+        return tuple(names)
 
     def copy(self, writer: RecordWriter) -> None:
         """Copy the chosen records, and read what the others chose for the comparison."""
         self.selections = {name: Texts(self.model.num_buckets) for name in self.picks}
-        wanted = [np.unique(pick.units) for pick in self.picks.values()]
-        units = [self.raw.units[number] for number in np.unique(np.concatenate(wanted))]
-        held_out = self.held.hashes()
-        for _, (records, parts) in self._map(
-            "copy", lambda unit: self._copy_unit(unit, writer, held_out), self.raw, units
-        ):
-            for record in records:
-                writer.write(record)
-            for name, part in parts.items():
-                self.selections[name].extend(part)
+        wanted = np.unique(np.concatenate([pick.units for pick in self.picks.values()]))
+        picks = {name: (pick.units, pick.rows) for name, pick in self.picks.items()}
+        held_out = self.held.hashes() if len(self.held) else None
+        stage = Copy(self.raw, self.featurizer, writer.format, picks, held_out, self.seed)
+        units = [self.raw.units[number] for number in wanted]
+        for _, part in self._map(self.choosing, "copy", stage, self.raw, units):
+            for records in part["records"]:
+                writer.write(records)
+            for name, texts in part["texts"].items():
+                self.selections[name].extend(texts)
         writer.close()
 
-    def _copy_unit(self, unit: Unit, writer: RecordWriter, held_out: Int[np.ndarray, " n"]):
-        records, parts = [], {name: Texts(self.model.num_buckets) for name in self.picks}
-        rows = {name: pick.rows[pick.units == unit.number] for name, pick in self.picks.items()}
-        wanted = np.unique(np.concatenate(list(rows.values())))
-        for batch in read(self.raw, unit, whole=True, rows=wanted):
-            for name, part in parts.items():
-                mask = np.isin(batch.rows, rows[name])
-                if name == "chosen":
-                    records.append(writer.chosen(batch, mask))
-                if not mask.any():
-                    continue
-                texts = batch.text.filter(pa.array(mask))
-                if name in ("most", "least"):
-                    part.add(texts, [(batch.source.name, row) for row in batch.rows[mask].tolist()])
-                elif len(self.held):
-                    fresh = ~np.isin(
-                        text_hashes(texts.to_pylist()), held_out
-                    )  # a copy of a held-out document proves nothing
-                    part.count(self.featurizer(texts.filter(pa.array(fresh))))
-                    share = SAMPLE / len(self.picks[name].rows)
-                    keep = fresh & (self._uniform("byte model", batch)[mask] < share)
-                    part.add(texts.filter(pa.array(keep)))
-        return records, parts
+    def digests(self) -> dict[str, str]:
+        """xxh3-128 of the bytes that were read of the raw corpus and of every target."""
+        stages = ["count", *(f"targets-{number}" for number in range(len(self.targets)))]
+        return {name: self.scoring.digest(stage) for name, stage in zip(self.corpora(), stages)}
+
+    def corpora(self) -> dict[str, Corpus]:
+        """All that is read, by name."""
+        return {"raw": self.raw} | {f"target {number}": target for number, target in enumerate(self.targets)}
 
 
-def best_of(values: np.ndarray) -> np.ndarray:
-    """One score per document: the best over separate targets."""
-    return values.max(axis=1) if values.ndim > 1 else values
+def described(corpus: Corpus) -> dict[str, Any]:
+    """The files of a corpus and what is read of them, as plain data."""
+    files = {source.name: f"{source.size:,} bytes {source.version}".strip() for source in corpus.sources}
+    return {"text_column": corpus.text, "files": files}
+
+
+def kept_beside(out: str | os.PathLike[str]) -> Path:
+    """Folder of the ledger of a run that writes `out`: beside it, or, for a URL, in the user's folder."""
+    url = url_of(out)
+    if url is not None:
+        return home() / "runs" / f"{key_of(url):016x}.ledger"
+    path = Path(out)
+    return path.with_name(f".{path.name}.ledger")
 
 
 def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -345,12 +281,3 @@ def _by_source(scores: Scores, raw: Corpus) -> dict[str, tuple[np.ndarray, np.nd
 def _random_draws(count: int) -> int:
     fewest, most = RANDOM_DRAWS
     return min(most, max(fewest, RANDOM_DOCUMENTS // count))
-
-
-def _look_up(given: dict[str, tuple[np.ndarray, np.ndarray]], batch: Hashed) -> Float[np.ndarray, " n"]:
-    rows, values = given.get(batch.source.name, (np.array([-1]), np.array([np.nan])))
-    where = np.minimum(np.searchsorted(rows, batch.rows), len(rows) - 1)
-    missing = np.flatnonzero(rows[where] != batch.rows)
-    if len(missing):
-        raise InputError(f"document {batch.source.name}:{batch.rows[missing[0]]} has no score")
-    return values[where]

@@ -7,21 +7,31 @@ classification. `prove` measures them.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 from jaxtyping import Float
 
 from salience.data.dsir.features import ngram_strings, tokenize
 from salience.data.dsir.resample import Chosen
 from salience.data.dsir.weights import DSIR
 from salience.data.proof import Proof, prove
-from salience.data.text_passes import Progress, TextPasses
-from salience.errors import InputError
-from salience.io import Corpus, Output, RecordWriter, Tally, read, write_quarantine
+from salience.data.text_passes import METHODS, Progress, TextPasses, kept_beside
+from salience.data.text_stages import KINDS
+from salience.errors import InputError, NothingToDo, SalienceError
+from salience.io import Corpus, Ledger, Output, RecordWriter, Unit, verify_output, write_quarantine
+from salience.io.ledger import corpus_digest, differences, some
+from salience.io.place import exists
 from salience.scores import Scores
 
 TELLING = 20
@@ -70,12 +80,26 @@ class TextSelection:
     manifest: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """What became of every raw record."""
+        names = ("read", "selected", "not_selected", "too_short", "blank", "quarantined")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def equation(self) -> str:
         """The conservation equation, in words."""
         return (
             f"{self.read:,} records read = {self.selected:,} selected + {self.not_selected:,} not selected + "
             f"{self.too_short:,} too short + {self.blank:,} blank + {self.quarantined:,} quarantined"
         )
+
+
+class AlreadyDone(NothingToDo):
+    """A resumed run had been finished before: its `manifest` tells all."""
+
+    def __init__(self, message: str, manifest: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.manifest = manifest
 
 
 def select_text(
@@ -88,12 +112,18 @@ def select_text(
     method: str = "dsir",
     model: DSIR | None = None,
     scores: Scores | None = None,
+    from_scores: str | os.PathLike[str] | None = None,
     top_k: bool = False,
     hold_out: float = 0.2,
+    engine: str = "threads",
+    resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> TextSelection:
     """Choose documents of `raw` that are like `targets` and write their records to `out`.
+
+    Finished units are kept in a ledger beside the output until the run is done: a run that was killed goes on from
+    there with ``resume=True``, and gives the same bytes.
 
     Parameters
     ----------
@@ -109,12 +139,18 @@ def select_text(
         Parameters of the features and of the draw; default `DSIR()`.
     scores : Scores, optional
         Draw by these log-weights instead of `method`; ids are "file:row", as `score_text` gives them.
+    from_scores : path, optional
+        What `score_text` wrote for the same corpora and parameters: nothing is counted or weighed again.
     top_k : bool
         Take the largest scores, without noise.
     hold_out : float
         Share of the target documents kept out of the fit to measure on; 0 for none.
+    engine : {"threads", "ray"}
+        Where units are worked at; changes no result.
+    resume : bool
+        Go on with an interrupted run, if there is one.
     overwrite : bool
-        Replace an existing output.
+        Replace an existing output, or throw an interrupted run away.
     progress : callable, optional
         Called with (stage, bytes done, bytes in all).
 
@@ -122,65 +158,184 @@ def select_text(
     ------
     InputError, DataError, NothingToDo
         With nothing left under the output's name.
+    AlreadyDone
+        With `resume`, when the output is there and complete.
     """
-    run = TextPasses(raw, targets, model or DSIR(), method, scores, top_k, hold_out, progress)
+    model = model or DSIR()
+    name = "scores" if scores is not None else method
+    _check(count, fraction, method, name, model)
+    run = TextPasses(
+        raw, targets, model, hold_out=hold_out, compare=name == "heuristic", engine=engine, progress=progress
+    )
+    choice = {
+        "method": name, "count": count, "fraction": fraction, "top_k": top_k, "min_tokens": model.min_tokens,
+        "target_proportions": model.described()["target_proportions"],
+        "scores": None if scores is None else _digest(scores),
+    }  # fmt: skip
+    facts = {"scoring": run.scoring_facts(), "choice": choice}
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
+    with (
+        Output(out, overwrite, [raw, *targets]) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.choosing,
+    ):
+        output.sweep()
+        writer = RecordWriter(output.file(), os.path.basename(os.fspath(out)), raw)
+        run.scoring = run.choosing
+        if from_scores is not None:
+            run.scoring = Ledger.of_finished(Path(from_scores), {"scoring": facts["scoring"]}, KINDS)
+        run.read_targets()
+        run.survey()
+        run.fit()
+        wanted = count if count is not None else max(1, round((fraction or 0) * run.tally.documents))
+        run.draw(name, wanted, top_k, scores)
+        run.copy(writer)
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        result = _result(run, os.fspath(out))
+        result.manifest = output.commit(_record("select text", run, facts, result.counts, result.proof))
+    return result
+
+
+def score_text(
+    raw: Corpus,
+    targets: Sequence[Corpus],
+    out: str | os.PathLike[str],
+    *,
+    model: DSIR | None = None,
+    hold_out: float = 0.2,
+    engine: str = "threads",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Weigh every document of `raw` once, for any number of selections.
+
+    Parameters
+    ----------
+    raw, targets, model, hold_out, engine, resume, overwrite, progress
+        As in `select_text`.
+    out : path
+        Directory to write: ``scores.parquet`` (`Scores` with ids "file:row"), ``model.safetensors`` (`DSIR.load`
+        weighs other shards with it), and what `select_text` needs of it as `from_scores`.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    InputError, DataError, NothingToDo
+        As `select_text`; and when `model` keeps several targets apart, as then there is no single weight.
+    """
+    model = model or DSIR()
+    if model.separate_targets and len(targets) > 1:
+        raise InputError("scores of separate targets are several per document; score one target at a time")
+    run = TextPasses(raw, targets, model, hold_out=hold_out, compare=False, engine=engine, progress=progress)
+    facts = {"scoring": run.scoring_facts()}
+    overwrite = overwrite or (resume and _is_unfinished(out, facts, run))
+    with (
+        Output(out, overwrite, [raw, *targets], folder=True) as output,
+        _ledger(kept_beside(out), facts, resume, overwrite) as run.scoring,
+    ):
+        output.sweep()
+        run.read_targets()
+        run.survey()
+        run.fit()
+        counts = {name: getattr(run.tally, name) for name in ("read", "documents", "blank", "quarantined")}
+        provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
+        Scores.save_parts(output.file("scores.parquet"), map(_named, run.weighed()), "sample", provenance)
+        model.save(output.file("model.safetensors"))
+        if run.tally.bad or run.target_tally.bad:
+            write_quarantine(output.file("quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
+        for path in run.scoring.files():
+            _link(path, output.file(path.name))
+        return output.commit(_record("select text --scores-only", run, facts, counts, None))
+
+
+def _link(path: Path, to: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
+def _check(count: int | None, fraction: float | None, method: str, name: str, model: DSIR) -> None:
     if (count is None) == (fraction is None):
         raise InputError("give either a count or a fraction")
     if fraction is not None and not 0 < fraction <= 1:
         raise InputError(f"fraction must lie in (0, 1], not {fraction}")
     if count is not None and count < 1:
         raise InputError(f"count must be at least 1, not {count}")
-    with Output(out, overwrite, [raw, *targets]) as output:
-        writer = RecordWriter(output.file(), os.path.basename(out), raw)
-        run.read_targets()
-        run.survey()
-        run.fit()
-        run.draw(count if count is not None else max(1, round((fraction or 0) * run.tally.documents)))
-        run.copy(writer)
-        if run.tally.bad or run.target_tally.bad:
-            write_quarantine(output.file(".quarantine.jsonl"), run.tally.bad + run.target_tally.bad)
-        result = _result(run, os.fspath(out))
-        result.manifest = output.commit(_record(result, raw, targets, run))
-    return result
+    if method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    if model.separate_targets and name != "dsir":
+        raise InputError(f"separate_targets belongs to the method dsir, not to {name}")
 
 
-def score_text(raw: Corpus, targets: Sequence[Corpus], model: DSIR | None = None) -> Scores:
-    """Log importance weight of every raw document as `Scores`; ids are "file:row".
+@contextmanager
+def _ledger(folder: Path, facts: dict[str, Any], resume: bool, overwrite: bool) -> Iterator[Ledger]:
+    """The ledger of a run; removed when the run is done or can never be, kept when it was only interrupted."""
+    ledger = Ledger(folder, facts, kinds=KINDS, resume=resume, overwrite=overwrite)
+    try:
+        yield ledger
+    except SalienceError:
+        ledger.remove()
+        raise
+    except BaseException:
+        ledger.close()
+        raise
+    ledger.remove()
+
+
+def _is_unfinished(out: str | os.PathLike[str], facts: dict[str, Any], run: TextPasses) -> bool:
+    """Whether a run was interrupted: then what stands under its output's name is old, or its own without a manifest.
 
     Raises
     ------
+    AlreadyDone
+        `out` is what a run with these facts and these input bytes wrote.
     InputError
-        `model` keeps several targets apart: then there is no single weight.
+        It is of another run, or damaged.
     """
-    model = model or DSIR()
-    if not targets:
-        raise InputError("a target is needed")
-    if model.separate_targets and len(targets) > 1:
-        raise InputError("scores of separate targets are several per document; score one target at a time")
-    pooled = Corpus.joined(targets)
-    model.fit(raw, pooled)
-    ids, tally = [], Tally()
-    for unit in raw.units:
-        for batch in read(raw, unit):
-            ids += [f"{batch.source.name}:{row}" for row in batch.rows.tolist()]
-            tally.add(batch, model.max_bad)
-    counts = {"read": tally.read, "scored": len(ids), "blank": tally.blank, "quarantined": len(tally.bad)}
-    provenance = {"method": "dsir", "parameters": model.described(), "counts": counts}
-    return Scores(model.log_weights(raw)[:, 0], ids, "sample", provenance)
+    if kept_beside(out).exists() or not exists(out):
+        return True
+    verified = verify_output(out)
+    if not verified.ok:
+        raise InputError(
+            f"output {out} is not as it was written (salience verify output {out}); --overwrite replaces it"
+        )
+    manifest = verified.manifest
+    changes = list(differences(manifest.get("facts", {}), json.loads(json.dumps(facts))))
+    if not changes:
+        now = {name: corpus_digest(corpus, run.model.workers) for name, corpus in run.corpora().items()}
+        changes = [f"the bytes of {name} have changed" for name in now if now[name] != manifest["digests"][name]]
+    if changes:
+        raise InputError(f"output {out} is of another run: {some(changes)}. --overwrite replaces it")
+    raise AlreadyDone(f"{out} is complete already", manifest)
 
 
-def _record(result: TextSelection, raw: Corpus, targets: Sequence[Corpus], run: TextPasses) -> dict[str, Any]:
-    counts = {name: getattr(result, name) for name in
-              ("read", "selected", "not_selected", "too_short", "blank", "quarantined")}  # fmt: skip
+def _named(part: tuple[Unit, dict[str, np.ndarray]]) -> tuple[pa.Array, np.ndarray]:
+    unit, weighed = part
+    rows = pa.array(weighed["rows"]).cast(pa.large_string())
+    name, colon = (pa.scalar(text, pa.large_string()) for text in (unit.source.name, ":"))
+    return pc.binary_join_element_wise(name, rows, colon), weighed["sums"][:, 0]
+
+
+def _digest(scores: Scores) -> str:
+    digest = xxhash.xxh3_128(np.ascontiguousarray(scores.values).tobytes())
+    digest.update("\0".join(scores.ids.tolist()).encode())
+    return digest.hexdigest()
+
+
+def _record(
+    command: str, run: TextPasses, facts: dict[str, Any], counts: dict[str, int], proof: Proof | None
+) -> dict[str, Any]:
     return {
-        "command": "select text",
-        "method": result.method,
-        "parameters": {**run.model.described(), "top_k": run.top_k, "hold_out": run.hold_out},
-        "raw": [{"file": source.name, "bytes": source.size} for source in raw.sources],
-        "targets": [{"file": source.name, "bytes": source.size} for target in targets for source in target.sources],
-        "counts": counts,
-        "proof": result.proof.as_dict() if result.proof else None,
-    }
+        "command": command, "counts": counts, "proof": proof.as_dict() if proof else None, "facts": facts,
+        "digests": run.digests(),
+    }  # fmt: skip
 
 
 def _result(run: TextPasses, out: str) -> TextSelection:

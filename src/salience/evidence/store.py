@@ -14,6 +14,7 @@ from salience.errors import DataError, SalienceError
 from salience.evidence.outcome import Bar, Control, NoControl, Outcome, Verdict, judge_all
 from salience.evidence.run import Scale
 from salience.evidence.sources import source_hash
+from salience.io.place import home
 from salience.papers import Paper
 
 JUDGING_SEEDS = (11, 12, 13)
@@ -139,13 +140,6 @@ def state(paper: Paper, folder: Path | None = None, seeds: Sequence[int] = JUDGI
     if evidence.source_hash != source_hash(paper):
         return State("stale", was=name, reasons=reasons)
     return State(name, reasons=reasons)
-
-
-def home() -> Path:
-    """The user's folder: ``$SALIENCE_HOME``, or ``salience`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if chosen := os.environ.get("SALIENCE_HOME"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "salience"
 
 
 def own_outcomes() -> Path:

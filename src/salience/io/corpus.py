@@ -10,14 +10,14 @@ import glob as globbing
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import takewhile
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from salience.errors import DataError, InputError, NothingToDo
-from salience.io import lines
+from salience.io import lines, remote
 from salience.io.keys import key_of
 
 FORMATS = {
@@ -25,7 +25,7 @@ FORMATS = {
     ".txt": "txt",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-MANIFEST, QUARANTINE = ".manifest.json", ".quarantine.jsonl"  # endings of what stands beside an output
+MANIFEST, QUARANTINE = ".manifest.json", ".quarantine.jsonl"  # behind an output file; in a folder, without the dot
 UNIT_BYTES = 16 << 20
 TABLE_ROWS = 1 << 16
 
@@ -37,13 +37,17 @@ class Source:
     Attributes
     ----------
     name : str
-        Path relative to the inputs' common root, with forward slashes; its hash is the identity in every random draw.
+        Path relative to the inputs' common root, with forward slashes; its hash is the identity in every random draw,
+        so that the same tree gives the same draws wherever it lies. Where inputs of several stores are read together,
+        that of a remote file is its URL.
     path : str
-        Where the file lies; "" for a table.
+        Where the file lies, a path or a URL; "" for a table.
     format : str
         "jsonl", "csv", "txt", "parquet" or "table".
     compression : str or None
         "gzip" or "zstd".
+    version : str
+        Of a remote file, what changes with its content (entity tag, checksum or time of change); "" otherwise.
     """
 
     name: str
@@ -52,6 +56,12 @@ class Source:
     compression: str | None = None
     size: int = 0
     table: pa.Table | None = field(default=None, compare=False, repr=False)
+    version: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether `path` is a URL."""
+        return remote.is_url(self.path)
 
     @property
     def file_id(self) -> int:
@@ -81,9 +91,9 @@ class Corpus:
     Parameters
     ----------
     inputs : str, path, table or a list of them
-        Paths, globs and directories of .jsonl, .csv, .parquet, .txt (the first and third also .gz and .zst); any
-        object with the Arrow stream protocol (pandas, polars, `datasets.Dataset`, pyarrow); a list of str is taken
-        as paths when `texts` is false.
+        Paths or URLs (s3://…, through fsspec): files, globs and directories of .jsonl, .csv, .txt (these also .gz
+        and .zst) and .parquet; any object with the Arrow stream protocol (pandas, polars, `datasets.Dataset`,
+        pyarrow). A str is a path.
     text : str
         Name of the text column (ignored for .txt, where a line is a document).
 
@@ -91,15 +101,17 @@ class Corpus:
     ------
     InputError
         A path that does not exist or has an unknown ending.
+    MissingExtra
+        A URL whose store needs a package that is not installed.
     NothingToDo
         No file, or only empty ones.
     DataError
-        A file that cannot be read, or one without the text column.
+        A file that cannot be read, or one without the text column; a store that cannot be reached.
     """
 
     def __init__(self, inputs: Any, text: str = "text") -> None:
         self.text = text
-        self.sources = _sources(inputs)
+        self.sources = find_sources(inputs)
         units = [unit for source in self.sources for unit in _cut(source, text)]
         self.units = [replace(unit, number=number) for number, unit in enumerate(units)]
         if not self.units:
@@ -137,23 +149,39 @@ class Corpus:
         return whole
 
 
-def _sources(inputs: Any) -> list[Source]:
+def find_sources(inputs: Any) -> list[Source]:
+    """The files and tables that `inputs` stand for: files sorted by path, then tables in their order."""
     items = inputs if isinstance(inputs, list | tuple) else [inputs]
     if not items:
         raise InputError("no input was named")
     paths: list[Path] = []
+    found: list[remote.Found] = []
     tables: list[pa.Table] = []
     for item in items:
-        if isinstance(item, str | os.PathLike):
-            paths += _expand(os.fspath(item))
-        else:
+        if not isinstance(item, str | os.PathLike):
             tables.append(_table(item))
+        elif url := remote.url_of(item):
+            found += _expand_url(url)
+        else:
+            paths += _expand(os.fspath(item))
     paths = sorted(set(paths))
     root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
-    named = [(path.relative_to(root).as_posix(), path) for path in paths]
-    sources = [_file(name, path) for name, path in named]
+    sources = [_file(path.relative_to(root).as_posix(), path) for path in paths]
+    sources += _remote_files(found, alone=not paths)
     for number, table in enumerate(tables):
         sources.append(Source(f"table {number}", "", "table", size=table.nbytes, table=table))
+    return sources
+
+
+def _remote_files(found: Sequence[remote.Found], alone: bool) -> list[Source]:
+    """Sources in the order and with the names that the same tree has locally."""
+    parts = sorted({tuple(file.url.split("/")): file for file in found}.items())
+    steps = zip(*(folders for (*folders, _), _ in parts))
+    root = sum(1 for _ in takewhile(lambda step: len(set(step)) == 1, steps)) if alone else 0
+    sources = []
+    for part, file in parts:
+        kind, compression = _known_format(file.url)
+        sources.append(Source("/".join(part[root:]), file.url, kind, compression, file.size, version=file.version))
     return sources
 
 
@@ -175,14 +203,32 @@ def _expand(path: str) -> list[Path]:
     return found
 
 
-def _is_data(path: Path) -> bool:
+def _expand_url(url: str) -> list[remote.Found]:
+    """Files of a store that a URL stands for, as `_expand` finds them on a disk."""
+    there = remote.look_up(url)
+    if there is not None and not there.is_folder:
+        return [there]
+    if there is not None:
+        found = [file for file in remote.below(url) if _is_data(PurePosixPath(file.url.removeprefix(f"{url}/")))]
+        if not found:
+            raise NothingToDo(f"directory {url} holds no file that ends in {_endings()}")
+        return found
+    remote.check_bucket(url)
+    found = remote.matching(url) if globbing.has_magic(url) else []
+    if not found:
+        raise InputError(f"input {url} {'matches no file' if globbing.has_magic(url) else 'does not exist'}")
+    return found
+
+
+def _is_data(path: PurePath) -> bool:
     """Whether a file of a directory is read: not what is hidden, or what our writer puts beside its output."""
-    if any(part.startswith(".") for part in path.parts) or path.name.endswith((MANIFEST, QUARANTINE)):
+    ours = path.name.endswith((MANIFEST, QUARANTINE)) or path.name in (MANIFEST[1:], QUARANTINE[1:])
+    if ours or any(part.startswith(".") for part in path.parts):
         return False
     return _format(path)[0] is not None
 
 
-def _format(path: Path) -> tuple[str | None, str | None]:
+def _format(path: PurePath) -> tuple[str | None, str | None]:
     compression = COMPRESSIONS.get(path.suffix.lower())
     suffix = Path(path.stem).suffix if compression else path.suffix
     kind = FORMATS.get(suffix.lower())
@@ -194,17 +240,22 @@ def _endings() -> str:
 
 
 def _file(name: str, path: Path) -> Source:
-    kind, compression = _format(path)
-    if kind is None:
-        raise InputError(f"input {path} has an unknown ending; known: {_endings()}")
-    check_name("input", path)
+    kind, compression = _known_format(path)
     try:
         return Source(name, str(path), kind, compression, path.stat().st_size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def check_name(what: str, path: Path) -> None:
+def _known_format(path: Path | str) -> tuple[str, str | None]:
+    kind, compression = _format(PurePosixPath(path))
+    if kind is None:
+        raise InputError(f"input {path} has an unknown ending; known: {_endings()}")
+    check_name("input", path)
+    return kind, compression
+
+
+def check_name(what: str, path: Path | str) -> None:
     """Refuse a path that is no Unicode: Arrow cannot open it, and no manifest can hold it."""
     try:
         str(path).encode("utf-8")
@@ -257,8 +308,8 @@ def _units(source: Source, text: str) -> list[Unit]:
 
 def _row_groups(source: Source, text: str) -> list[Unit]:
     try:
-        metadata = pq.read_metadata(source.path)
-        schema = metadata.schema.to_arrow_schema()
+        with lines.open_parquet(source) as file:
+            metadata, schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
     _check_column(source, schema, text)

@@ -18,9 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
+import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from salience.errors import DataError, nearest
+from salience.io.json_texts import json_texts
+from salience.io.remote import open_url
 
 if TYPE_CHECKING:
     from salience.io.corpus import Source
@@ -64,8 +67,15 @@ def check_column(where: str, names: Sequence[str], text: str) -> None:
 def open_bytes(source: Source) -> BinaryIO:
     """Open a file for reading its decompressed bytes."""
     if source.compression is None:
-        return open(source.path, "rb")
-    return pa.CompressedInputStream(pa.OSFile(source.path), source.compression)
+        return open_url(source.path, source.version) if source.is_remote else open(source.path, "rb")
+    file = open_url(source.path, source.version) if source.is_remote else pa.OSFile(source.path)
+    return pa.CompressedInputStream(file, source.compression)
+
+
+def open_parquet(source: Source) -> pq.ParquetFile:
+    """Open a Parquet file; the checksums of its pages are compared as they are read."""
+    file = open_url(source.path, source.version) if source.is_remote else source.path
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 # --- splitting ----------------------------------------------------------------------------------------------
@@ -73,7 +83,7 @@ def open_bytes(source: Source) -> BinaryIO:
 
 def _record_ends(block, quoted, state):
     """Positions one past each newline that ends a record, and the state behind the last byte."""
-    if quoted:
+    if quoted and (state == _QUOTED or 34 in block):
         return _csv_ends(block, state)
     return np.flatnonzero(block == 10) + 1, state
 
@@ -205,7 +215,9 @@ def parse_jsonl(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str) 
     full = np.flatnonzero(stops > starts)
     # Every record begins with { and ends with }, and Arrow finds as many rows: then row i is record i.
     if len(full) and (data[starts[full]] == 123).all() and (data[stops[full] - 1] == 125).all() and _is_utf8(block):
-        column = _json_column(block, text)
+        column = json_texts(block, starts[full], stops[full], text)
+        if column is None:
+            column = _json_column(block, text)
         if column is not None and len(column) == len(full):
             index, bad = full, []
             if column.null_count:
@@ -288,7 +300,7 @@ def parse_csv(block: bytes, starts: np.ndarray, stops: np.ndarray, text: str, na
     full = np.flatnonzero(stops > starts)
     # Arrow's rows are our records, but for lines of white space, and lone carriage returns, which end its rows.
     plain = len(full) and (np.frombuffer(block, np.uint8)[starts[full]] > 32).all()
-    if plain and block.count(b"\r") == block.count(b"\r\n"):
+    if plain and (b"\r" not in block or block.count(b"\r") == block.count(b"\r\n")):
         table = _csv_table(block, names)
         if table is not None and table.num_rows == len(full):
             column = table[text].combine_chunks()

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int
 
 from salience.errors import DataError, NothingToDo
@@ -154,7 +153,7 @@ def _behind_header(block, offset, starts, stops, begin):
 
 def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | None) -> Iterator[Batch]:
     row = unit.first_row
-    for table in map(_plain, _tables(corpus, unit, whole)):
+    for table in map(plain_types, _tables(corpus, unit, whole)):
         text = table[corpus.text].combine_chunks()
         if pa.types.is_dictionary(text.type):
             text = text.cast(pa.large_string())
@@ -168,7 +167,7 @@ def _read_rows(corpus: Corpus, unit: Unit, whole: bool, wanted: np.ndarray | Non
         yield Batch(unit.source, rows, text, None, table if whole else None, 0, bad)
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def plain_types(table: pa.Table) -> pa.Table:
     """The table without Arrow's view types, which have no kernels to filter and take by."""
     plain = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
     fields = [field.with_type(plain.get(field.type, field.type)) for field in table.schema]
@@ -200,7 +199,7 @@ def _tables(corpus: Corpus, unit: Unit, whole: bool) -> Iterator[pa.Table]:
         for start in range(0, part.num_rows, BATCH_ROWS):
             yield part.slice(start, BATCH_ROWS)
         return
-    with pq.ParquetFile(source.path, page_checksum_verification=True) as file:
+    with lines.open_parquet(source) as file:
         columns = None if whole else [corpus.text]
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[unit.start], columns=columns, use_threads=False):
             yield pa.Table.from_batches([batch])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from salience.errors import DataError, NothingToDo
-from salience.io.corpus import Source
 from salience.io.lines import Bad
 from salience.io.reader import Batch
+
+if TYPE_CHECKING:
+    from salience.io.tables import TableBatch
 
 
 @dataclass
@@ -19,24 +22,29 @@ class Tally:
     ----------
     documents, blank : int
         Records with a text, and blank lines.
-    bad : list of (Source, Bad)
-        Records set aside.
+    bad : list of (str, Bad)
+        Records set aside, with the file of each.
     """
 
     documents: int = 0
     blank: int = 0
-    bad: list[tuple[Source, Bad]] = field(default_factory=list)
+    bad: list[tuple[str, Bad]] = field(default_factory=list)
 
     @property
     def read(self) -> int:
         """All records read."""
         return self.documents + self.blank + len(self.bad)
 
-    def add(self, batch: Batch, max_bad: float) -> None:
+    @property
+    def quarantined(self) -> int:
+        """Number of records set aside."""
+        return len(self.bad)
+
+    def add(self, batch: Batch | TableBatch, max_bad: float) -> None:
         """Count a batch; with ``max_bad == 0`` the first bad record stops the run."""
         self.documents += len(batch)
         self.blank += batch.blank
-        self.bad += [(batch.source, bad) for bad in batch.bad]
+        self.bad += [(batch.source.path or batch.source.name, bad) for bad in batch.bad]
         if self.bad and max_bad == 0:
             raise DataError(f"bad record in {_first(self.bad)}")
 
@@ -45,6 +53,15 @@ class Tally:
         self.documents += other.documents
         self.blank += other.blank
         self.bad += other.bad
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data, for a ledger."""
+        return {"documents": self.documents, "blank": self.blank, "bad": [[file, *bad] for file, bad in self.bad]}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> Tally:
+        """What `state` was taken of."""
+        return cls(state["documents"], state["blank"], [(file, Bad(*bad)) for file, *bad in state["bad"]])
 
     def check(self, max_bad: float, what: str) -> None:
         """Refuse a corpus with too many bad records, or with no document at all.
@@ -68,6 +85,6 @@ class Tally:
             raise NothingToDo(f"the {what} holds no document")
 
 
-def _first(bad: list[tuple[Source, Bad]]) -> str:
-    source, record = bad[0]
-    return f"{source.path or source.name} at {record.offset}: {record.reason}"
+def _first(bad: list[tuple[str, Bad]]) -> str:
+    file, record = bad[0]
+    return f"{file} at {record.offset}: {record.reason}"

@@ -1,133 +1,24 @@
-"""The one writer: temporary names, checksums, a manifest; the final name is absent, old or complete.
-
-out.jsonl                 the result
-out.jsonl.manifest.json   parameters, inputs, counts, and the size and xxh3-128 of every file written
-out.jsonl.quarantine.jsonl  records that could not be read, if any
-"""
+"""The one writer of records: chosen ones as they were read, unreadable ones with the reason."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
+from jaxtyping import Bool
 
-from salience import __version__
 from salience.errors import DataError, InputError
-from salience.io.corpus import COMPRESSIONS, FORMATS, MANIFEST, QUARANTINE, Corpus, Source, check_name
+from salience.io.corpus import COMPRESSIONS, FORMATS, Corpus, Source
 from salience.io.lines import Bad, csv_header, open_bytes
 from salience.io.reader import Batch, as_json
 
-_CHUNK = 1 << 20
 _GROUP_BYTES = 64 << 20
-
-
-class Output:
-    """Everything that one command writes; nothing stands under a final name before `commit`.
-
-    Use as a context manager: leaving it without `commit` (an error, Ctrl-C) removes the temporaries.
-
-    Parameters
-    ----------
-    path : path
-        Final name of the main file.
-    overwrite : bool
-        Replace an existing one.
-    inputs : sequence of Corpus
-        What is read meanwhile, and must not be replaced.
-
-    Raises
-    ------
-    InputError
-        The name exists or is that of an input, its folder does not exist, or it cannot be written to.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, inputs: Sequence[Corpus] = ()) -> None:
-        self.path = Path(path)
-        check_name("output", self.path)
-        if self.path.is_dir():
-            raise InputError(f"output {path} is a directory; name a file")
-        if self.path.exists() and not overwrite:
-            raise InputError(f"output {path} exists; pass --overwrite to replace it")
-        if os.path.realpath(path) in {os.path.realpath(s.path) for corpus in inputs for s in corpus.sources if s.path}:
-            raise InputError(f"output {path} is one of the inputs")
-        if not self.path.parent.is_dir():
-            raise InputError(f"output folder {self.path.parent} does not exist")
-        if not os.access(self.path.parent, os.W_OK):
-            raise InputError(f"output folder {self.path.parent} cannot be written to")
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", suffix=".partial", dir=self.path.parent))
-        self._names: list[str] = []
-
-    def file(self, suffix: str = "") -> Path:
-        """Temporary path of one more file, to become ``<path><suffix>``."""
-        self._names.append(self.path.name + suffix)
-        return self._folder / self._names[-1]
-
-    def commit(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Move all files to their final names and write the manifest.
-
-        Parameters
-        ----------
-        record : mapping
-            What to tell in the manifest: parameters, inputs, counts. Plain data.
-
-        Returns
-        -------
-        dict
-            The manifest.
-        """
-        names = [name for name in self._names if (self._folder / name).exists()]
-        files = {name: {"bytes": (self._folder / name).stat().st_size, "xxh3_128": checksum(self._folder / name)}
-                 for name in names}  # fmt: skip
-        manifest = {"salience": __version__, **record, "files": files}
-        text = json.dumps(manifest, indent=1, ensure_ascii=False, default=str) + "\n"
-        final = self.path.with_name(self.path.name + MANIFEST)
-        written = self._folder / final.name
-        written.write_text(text, encoding="utf-8")
-        final.unlink(missing_ok=True)  # a manifest never describes files other than those beside it
-        self.path.with_name(self.path.name + QUARANTINE).unlink(missing_ok=True)
-        for name in [name for name in names if name != self.path.name] + [self.path.name]:
-            if name in files:
-                _sync(self._folder / name)
-                os.replace(self._folder / name, self.path.parent / name)
-        os.replace(written, final)
-        self.discard()
-        return manifest
-
-    def discard(self) -> None:
-        """Remove the temporaries."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def __enter__(self) -> Output:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
-
-
-def checksum(path: Path) -> str:
-    """xxh3-128 of a file, as 32 hexadecimal digits."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 class RecordWriter:
@@ -152,14 +43,14 @@ class RecordWriter:
         suffixes = Path(name).suffixes
         compression = COMPRESSIONS.get(suffixes[-1].lower()) if suffixes else None
         ending = suffixes[-2] if compression and len(suffixes) > 1 else (suffixes or [""])[-1]
-        self._format = FORMATS.get(ending.lower())
-        if self._format is None or (compression and self._format == "parquet"):
+        self.format = FORMATS.get(ending.lower(), "")
+        if not self.format or (compression and self.format == "parquet"):
             raise InputError(f"output {name} has an unknown ending; use .jsonl, .csv, .txt or .parquet")
         rows = {"table": "parquet"}
         others = sorted(
-            {source.format for source in corpus.sources if rows.get(source.format, source.format) != self._format}
+            {source.format for source in corpus.sources if rows.get(source.format, source.format) != self.format}
         )
-        if self._format != "jsonl" and others:
+        if self.format != "jsonl" and others:
             raise InputError(
                 f"output {name} cannot take {', '.join(others)} records; use an output that ends in .jsonl"
             )
@@ -168,14 +59,14 @@ class RecordWriter:
         self._waiting: list[pa.Table] = []  # for the next row group, of
         self._held = 0  # bytes
         self._stream: Any = None  # of a line format
-        if self._format != "parquet":
+        if self.format != "parquet":
             raw = pa.OSFile(str(path), "wb")
             self._stream = pa.CompressedOutputStream(raw, compression) if compression else raw
-        if self._format == "csv":
+        if self.format == "csv":
             self._stream.write(_common_header([source for source in corpus.sources if source.size]))
 
     def write(self, records: list[bytes] | pa.Table) -> int:
-        """Append what `chosen` returned; gives the number of records."""
+        """Append what `records_of` returned; gives the number of records."""
         if isinstance(records, list):
             if records:
                 self._stream.write(b"\n".join(records) + b"\n")
@@ -196,16 +87,6 @@ class RecordWriter:
             self._parquet.write_table(pa.concat_tables(self._waiting))
         self._waiting, self._held = [], 0
 
-    def chosen(self, batch: Batch, mask) -> list[bytes] | pa.Table:
-        """The records of a batch (read with ``whole=True``) where `mask` holds, ready to be written; thread-safe."""
-        where = mask.nonzero()[0]
-        if batch.lines is not None and self._format == batch.source.format:
-            block, starts, stops = batch.lines
-            return [block[start:stop] for start, stop in zip(starts[where].tolist(), stops[where].tolist())]
-        table = batch.table if batch.table is not None else pa.table({"text": batch.text})
-        table = table.take(pa.array(where))
-        return table if self._format == "parquet" else as_json(table, batch.source.path or batch.source.name)
-
     def close(self) -> None:
         """Finish the file."""
         if self._parquet is not None:
@@ -213,6 +94,17 @@ class RecordWriter:
             self._parquet.close()
         if self._stream is not None:
             self._stream.close()
+
+
+def records_of(batch: Batch, mask: Bool[np.ndarray, " documents"], format: str) -> list[bytes] | pa.Table:
+    """The records of a batch (read with ``whole=True``) where `mask` holds, ready for a `RecordWriter` of `format`."""
+    where = mask.nonzero()[0]
+    if batch.lines is not None and format == batch.source.format:
+        block, starts, stops = batch.lines
+        return [block[start:stop] for start, stop in zip(starts[where].tolist(), stops[where].tolist())]
+    table = batch.table if batch.table is not None else pa.table({"text": batch.text})
+    table = table.take(pa.array(where))
+    return table if format == "parquet" else as_json(table, batch.source.path or batch.source.name)
 
 
 def _common_header(sources: Sequence[Source]) -> bytes:
@@ -224,15 +116,11 @@ def _common_header(sources: Sequence[Source]) -> bytes:
         return stream.read(csv_header(sources[0])[1]).rstrip(b"\r\n") + b"\n"
 
 
-def write_quarantine(path: Path, bad: Iterable[tuple[Source, Bad]]) -> None:
+def write_quarantine(path: Path, bad: Iterable[tuple[str, Bad]]) -> None:
     """Write the unreadable records as JSON lines: file, offset or row, reason, raw bytes."""
     with open(path, "w", encoding="utf-8") as file:
-        for source, record in bad:
-            line: dict[str, Any] = {
-                "file": source.path or source.name,
-                "offset": record.offset,
-                "reason": record.reason,
-            }
+        for file_name, record in bad:
+            line: dict[str, Any] = {"file": file_name, "offset": record.offset, "reason": record.reason}
             try:
                 line["raw"] = record.raw.decode("utf-8")
             except UnicodeDecodeError:

@@ -7,7 +7,13 @@ from salience._lazy import exports
 if TYPE_CHECKING:
     from salience.measure.curves import Curve, curve
     from salience.measure.detection import OSCR, Detection, aupr, auroc, detection_report, fpr_at_tpr, oscr
-    from salience.measure.paired import Interval, PairedDifference, bootstrap_interval, paired_difference
+    from salience.measure.paired import (
+        Interval,
+        PairedDifference,
+        bootstrap_interval,
+        difference_over_draws,
+        paired_difference,
+    )
     from salience.measure.ranking import (
         hit_at_k,
         kendall,
@@ -25,7 +31,7 @@ _WHERE = {
     "Detection": "detection", "OSCR": "detection", "aupr": "detection", "auroc": "detection",
     "detection_report": "detection", "fpr_at_tpr": "detection", "oscr": "detection",
     "Interval": "paired", "PairedDifference": "paired", "bootstrap_interval": "paired",
-    "paired_difference": "paired",
+    "difference_over_draws": "paired", "paired_difference": "paired",
     "hit_at_k": "ranking", "kendall": "ranking", "ndcg_at_k": "ranking", "precision_at_k": "ranking",
     "recall_at_k": "ranking", "reciprocal_rank": "ranking", "spearman": "ranking", "target_ranks": "ranking",
     "cosine": "similarity", "kl_divergence": "similarity", "linear_cka": "similarity",
@@ -43,6 +49,7 @@ __all__ = [
     "cosine",
     "curve",
     "detection_report",
+    "difference_over_draws",
     "fpr_at_tpr",
     "hit_at_k",
     "kendall",

@@ -11,7 +11,7 @@ Source: Hesterberg, "What Teachers Should Know About the Bootstrap", The America
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +125,38 @@ def paired_difference(
     rng = np.random.default_rng(random_state)
     mean, low, high, n = _interval(differences, confidence, resamples, rng)
     return PairedDifference(mean, low, high, _sign_flip_p_value(differences, resamples, rng), n)
+
+
+def difference_over_draws(
+    a: ArrayLike, draws: Sequence[ArrayLike], *, random_state: int | np.random.Generator
+) -> PairedDifference:
+    """Mean difference between A and a random baseline, of which several draws were measured on the same units.
+
+    The interval over units is widened by how far one more draw may lie from the mean of n, ``t s sqrt(1 + 1/n)`` with
+    s the standard deviation of the draws' means: units alone would call one random draw in six better than others.
+
+    Parameters
+    ----------
+    a : array (n,)
+        Measurements of n units under A.
+    draws : sequence of arrays (n,)
+        Measurements of the same units under every draw; a single one stands for a baseline that is not random.
+    random_state : int or numpy Generator
+
+    Returns
+    -------
+    PairedDifference
+        With a 95 % interval. The p-value is that of the units alone.
+    """
+    found = paired_difference(a, np.mean([finite("draws", draw, 1) for draw in draws], axis=0),
+                              random_state=random_state)  # fmt: skip
+    if len(draws) == 1:
+        return found
+    spread = float(np.std([np.mean(draw) for draw in draws], ddof=1))
+    reach = float(scipy.stats.t.ppf(0.975, len(draws) - 1)) * spread * math.sqrt(1 + 1 / len(draws))
+    low, high = (found.mean + side * math.hypot(end - found.mean, reach)
+                 for side, end in ((-1, found.low), (1, found.high)))  # fmt: skip
+    return found._replace(low=low, high=high)
 
 
 def _interval(values: np.ndarray, confidence: float, resamples: int, rng: np.random.Generator) -> Interval:

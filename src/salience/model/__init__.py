@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from salience.model.at import capture, eager_attention, layer, logits_of, replace, run, training_mode
     from salience.model.batches import map_batches
     from salience.model.fitting import History, fit
+    from salience.model.images import ImageSet, read_images
     from salience.model.loading import Loaded, load
     from salience.model.safe import check_directory
     from salience.model.shards import rewrite
@@ -28,6 +29,8 @@ _WHERE: dict[str, str] = {
     "eager_attention": "at",
     "Split": "split",
     "map_batches": "batches",
+    "read_images": "images",
+    "ImageSet": "images",
     "fit": "fitting",
     "History": "fitting",
     "rewrite": "shards",
@@ -36,6 +39,7 @@ _WHERE: dict[str, str] = {
 }
 __all__ = [
     "History",
+    "ImageSet",
     "Loaded",
     "Split",
     "capture",
@@ -47,6 +51,7 @@ __all__ = [
     "load",
     "logits_of",
     "map_batches",
+    "read_images",
     "replace",
     "rewrite",
     "run",

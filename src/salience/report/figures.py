@@ -238,6 +238,43 @@ def heat(ax: Axes, matrix: Float[ndarray, "rows columns"], rows: Sequence[str], 
     bar.outline.set_visible(False)
 
 
+def dendrogram(
+    ax: Axes, tree: Float[ndarray, "merges 4"], names: Sequence[str], xlabel: str = "", limit: float | None = None
+) -> None:
+    """A tree of merges, leaves on the left and named, distances to the right.
+
+    Parameters
+    ----------
+    ax : matplotlib Axes
+    tree : array (n - 1, 4)
+        As `scipy.cluster.hierarchy.linkage` gives it.
+    names : sequence of str, length n
+    xlabel : str
+    limit : float, optional
+        A distance to mark with a dashed line; what merges below it is drawn in colour.
+
+    Raises
+    ------
+    InputError
+        If the names do not fit the tree.
+    """
+    from scipy.cluster import hierarchy
+
+    if len(names) != len(tree) + 1:
+        raise InputError(f"{len(names)} names do not fit a tree of {len(tree)} merges")
+    drawn = hierarchy.dendrogram(tree, no_plot=True)
+    ink, muted = ax.title.get_color(), ax.xaxis.label.get_color()
+    for places, distances in zip(drawn["icoord"], drawn["dcoord"]):
+        near = limit is not None and max(distances) < limit
+        ax.plot(distances, np.array(places) / 10 - 0.5, color="C0" if near else muted, linewidth=2 if near else 1.2)
+    ax.set_yticks(range(len(names)), [_label(names[leaf], ax) for leaf in drawn["leaves"]])
+    ax.set_ylim(len(names) - 0.4, -0.6)
+    ax.set_xlim(left=0)
+    if limit is not None:
+        ax.axvline(limit, color=ink, linestyle="--", linewidth=1.2)
+    _finish(ax, xlabel, "", legend=False, grid="x")
+
+
 def _label(name: object, ax: Axes, share: float = 0.4) -> str:
     """A name on one line, hidden characters shown, cut in the middle to a share of the figure's width."""
     line = visible(" ".join(str(name).split()))

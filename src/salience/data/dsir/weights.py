@@ -29,6 +29,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from salience.data.dsir.features import HashedNgrams
+from salience.data.dsir.kernels import count_ids
 from salience.data.dsir.resample import Chosen, TopK, check_count, quotas, take
 from salience.errors import DataError, InputError
 from salience.io import Corpus, Tally, Unit, gumbel, map_units, read
@@ -327,7 +328,8 @@ def count_ngrams(
         counts, tally = np.zeros(featurizer.num_buckets, np.int64), Tally()
         for batch in read(corpus, unit):
             tally.add(batch, max_bad)
-            add_counts(counts, featurizer(batch.text), limit)
+            if limit is None or counts.sum() <= limit:  # hash no more than is counted
+                add_counts(counts, featurizer(batch.text), limit)
         return counts, tally
 
     total, tally = np.zeros(featurizer.num_buckets, np.int64), Tally()
@@ -346,7 +348,7 @@ def add_counts(counts: Int[np.ndarray, " num_buckets"], buckets: Any, limit: int
     last = len(buckets.tokens)
     if limit is not None:
         last = min(last, int(np.searchsorted(held + buckets.offsets[1:], limit, side="right")) + 1)
-    counts += np.bincount(buckets.ids[: buckets.offsets[last]], minlength=len(counts))
+    count_ids(buckets.ids[: buckets.offsets[last]], counts)
 
 
 def log_ratio(

@@ -19,6 +19,7 @@ from torch import nn
 
 import salience
 from salience.errors import InputError
+from salience.io.place import home
 from salience.reproductions.worlds.nets import seeded
 
 
@@ -31,14 +32,6 @@ class Recipe(NamedTuple):
 
     build: Callable[[int], nn.Module]
     train: Callable[[nn.Module, int], None]
-
-
-def home() -> Path:
-    """Where salience keeps things: $SALIENCE_HOME, else $XDG_CACHE_HOME/salience, else ~/.cache/salience."""
-    if os.environ.get("SALIENCE_HOME"):
-        return Path(os.environ["SALIENCE_HOME"]).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "salience"
 
 
 def trained(recipe: Recipe, seed: int) -> nn.Module:

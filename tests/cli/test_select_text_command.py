@@ -15,6 +15,7 @@ import pytest
 
 import salience
 from salience.cli import main
+from salience.data import text_stages
 from salience.io import RecordWriter
 from salience.scores import Scores
 
@@ -143,23 +144,58 @@ def test_dry_run_writes_nothing(run, folder: Path) -> None:
 
 
 def test_scores_only_and_back(run, folder: Path) -> None:
-    code, out, _ = run(*BASE[:-1], "scores.parquet", *SMALL, "--scores-only")
-    assert code == 0 and "600 records read = 600 scored + 0 blank + 0 quarantined" in out
-    assert len(Scores.load(folder / "scores.parquet")) == 600 and (folder / "scores.parquet.manifest.json").exists()
-    code, out, _ = run(*BASE[:-1], "scores.parquet", *SMALL, "--scores-only", "--json", "--overwrite")
-    assert code == 0 and json.loads(out) == {
-        "out": "scores.parquet",
-        "documents": 600,
-        "unit": "sample",
-        "read": 600,
-        "scored": 600,
-        "blank": 0,
-        "quarantined": 0,
-    }
     hold_out = ["--hold-out", "0"]
-    assert run(*BASE, *SMALL[:4], "--count", "60", "--scores", "scores.parquet", *hold_out)[0] == 0
+    code, out, _ = run(*BASE[:-1], "scored", *SMALL, "--scores-only", *hold_out)
+    assert code == 0 and "600 records read = 600 weighed + 0 blank + 0 quarantined" in out
+    assert len(Scores.load(folder / "scored" / "scores.parquet")) == 600
+    code, out, _ = run(*BASE[:-1], "scored", *SMALL, "--scores-only", *hold_out, "--json", "--overwrite")
+    counts = {"read": 600, "documents": 600, "blank": 0, "quarantined": 0}
+    assert code == 0 and json.loads(out) == {"out": "scored", **counts}
+    assert names(folder) == sorted([*BEFORE, "scored"])
+    assert run(*BASE, *SMALL[:4], "--count", "60", "--scores", "scored/scores.parquet", *hold_out)[0] == 0
     assert run(*BASE[:-1], "direct.jsonl", *SMALL, "--count", "60", *hold_out)[0] == 0
     assert (folder / "out.jsonl").read_bytes() == (folder / "direct.jsonl").read_bytes()
+
+
+def test_one_scoring_pass_serves_many_selections(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice, and what is measured of it, are those of a run of its own; nothing is weighed again."""
+    assert run(*BASE[:-1], "scored", *SMALL[:4], "--scores-only")[0] == 0
+    direct = {}
+    for count, method in (("60", "dsir"), ("35", "heuristic"), ("20", "random")):
+        options = [*SMALL[:4], "--count", count, "--method", method, "--json", "--overwrite"]
+        direct[method] = json.loads(run(*BASE, *options)[1]), (folder / "out.jsonl").read_bytes(), options
+
+    def never(self: object, unit: object) -> None:
+        raise AssertionError("weighed again")
+
+    monkeypatch.setattr(text_stages.Weigh, "__call__", never)
+    monkeypatch.setattr(text_stages.CountRaw, "__call__", never)
+    for told, chosen, options in direct.values():
+        code, out, _ = run(*BASE, *options, "--from-scores", "scored")
+        assert code == 0 and json.loads(out)["proof"] == told["proof"]
+        assert (folder / "out.jsonl").read_bytes() == chosen
+    code, _, err = run(
+        *BASE, "--count", "60", "--min-tokens", "5", "--buckets", "300", "--from-scores", "scored", "--overwrite"
+    )
+    assert code == 2 and "num_buckets was 200 and is 300" in err and one_sentence(err)
+    assert run(*BASE, *SMALL, "--count", "6", "--from-scores", "absent", "--overwrite")[0] == 2
+
+
+def test_resume_of_what_is_complete_does_nothing(run, folder: Path) -> None:
+    options = [*SMALL, "--count", "60"]
+    assert run(*BASE, *options, "--resume")[0] == 0  # nothing to resume: a run like any other
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    code, out, _ = run(*BASE, *options, "--resume")
+    assert code == 0 and "out.jsonl is complete already" in out
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    assert json.loads(run(*BASE, *options, "--resume", "--json")[1])["already_complete"] is True
+    code, _, err = run(*BASE, *SMALL, "--count", "61", "--resume")
+    assert code == 2 and "choice count was 60 and is 61" in err and one_sentence(err)
+    text = (folder / "raw.jsonl").read_text()
+    (folder / "raw.jsonl").write_text(text.replace("a", "b", 1))
+    code, _, err = run(*BASE, *options, "--resume")
+    assert code == 2 and "the bytes of raw" in err and one_sentence(err)
+    assert run(*BASE, *options, "--resume", "--overwrite")[0] == 2
 
 
 def test_overwrite_replaces_all_of_it(run, folder: Path) -> None:
@@ -217,9 +253,9 @@ def one_sentence(err: str) -> bool:
         (["--count", "5", "--method", "random", "--top-k"], 2, "--top-k means nothing for --method random"),
         (["--count", "5", "--scores", "s.parquet", "--method", "random"], 2, "--scores replaces the method"),
         (["--count", "5", "--scores-only"], 2, "--scores-only chooses nothing"),
-        (["--scores-only"], 2, "name an output that ends in .parquet, not out.jsonl"),
-        (["--scores-only", "--out", "s.parquet", "--method", "random"], 2, "leave --method and --top-k out"),
-        (["--scores-only", "--out", "absent/s.parquet"], 2, "absent does not exist"),
+        (["--scores-only", "--out", "scored", "--method", "random"], 2, "leave --method and --top-k out"),
+        (["--scores-only", "--out", "absent/scored"], 2, "absent does not exist"),
+        (["--count", "5", "--ray-address", "auto"], 2, "--ray-address needs --engine ray"),
         (["--count", "5", "--proportions", "1"], 2, "needs separate_targets"),
         (["--count", "5", "--separate-targets", "--proportions", "1,2"], 2, "has 2 entries for 1 targets"),
         (["--count", "5", "--separate-targets", "--proportions", "1,x"], 2, "numbers with commas between, not '1,x'"),
@@ -273,13 +309,17 @@ def test_bad_data_exits_3(run, folder: Path, line: str, code: int, said: str) ->
     assert [record["raw"] for record in quarantined] == [line] * 9 and quarantined[0]["offset"] > 0
 
 
+KEPT = "finished units are kept: the same command with --resume goes on from there\n"
+
+
 def test_a_full_disk_exits_1_with_a_clear_sentence(run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: RecordWriter, records: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.jsonl")
 
     monkeypatch.setattr(RecordWriter, "write", full)
     code, _, err = run(*BASE, *SMALL, "--count", "5")
-    assert (code, err) == (1, "salience: No space left on device (out.jsonl)\n") and names(folder) == BEFORE
+    assert (code, err) == (1, f"{KEPT}salience: No space left on device (out.jsonl)\n")
+    assert names(folder) == [".out.jsonl.ledger", *BEFORE]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt])
@@ -289,7 +329,8 @@ def test_an_interrupt_exits_130_and_leaves_nothing(run, folder: Path, monkeypatc
 
     monkeypatch.setattr(RecordWriter, "write", stop)
     code, _, err = run(*BASE, *SMALL, "--count", "5")
-    assert (code, err) == (130, "salience: interrupted; no unfinished output was left\n") and names(folder) == BEFORE
+    assert (code, err) == (130, f"{KEPT}salience: interrupted; no unfinished output was left\n")
+    assert names(folder) == [".out.jsonl.ledger", *BEFORE]
 
 
 def test_debug_shows_the_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""OutRank: rank columns by mutual information that noise of high cardinality cannot fool."""

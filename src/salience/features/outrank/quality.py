@@ -1,0 +1,159 @@
+"""What shape the columns and rows of a table are in: coverage, cardinality, rare values, numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numba
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float
+
+from salience.features.outrank.columns import Coded, as_text, encode, is_missing
+from salience.features.outrank.sketch import ValueCounter, hashes_of
+from salience.io import as_numbers
+
+MORE_THAN = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # times that a value occurs
+LONGER_THAN = (30, 60, 100, 200, 300)  # characters of a field
+
+
+class ColumnQuality:
+    """Running statistics of one column; the values' own, whatever bins they are put into for scoring.
+
+    Parameters
+    ----------
+    missing : tuple of str
+        Texts that stand for a missing value; null and NaN always do.
+    """
+
+    def __init__(self, missing: tuple[str, ...]) -> None:
+        self._missing = missing
+        self._rows = self._gone = self._bytes = 0
+        self._counter = ValueCounter()
+        self._numeric = True
+        self._low, self._high = math.inf, -math.inf
+
+    def add(self, coded: Coded) -> None:
+        """Take in some rows."""
+        values, counts = coded.values, coded.counts
+        seen = counts > 0
+        if not seen.all():
+            values, counts = values.filter(pa.array(seen)), counts[seen]
+        text = as_text(values)
+        gone = is_missing(values, text, self._missing)
+        lengths = pc.fill_null(pc.binary_length(text), 0).to_numpy()
+        self._rows += int(counts.sum())
+        self._gone += int(counts[gone].sum())
+        self._bytes += int(lengths @ counts)
+        if gone.all():
+            return
+        if gone.any():
+            known = pa.array(~gone)
+            values, text, counts = values.filter(known), text.filter(known), counts[~gone]
+        self._counter.add(hashes_of(text), counts)
+        numbers = as_numbers(values, self._missing) if self._numeric else None
+        self._numeric = numbers is not None
+        if numbers is not None:
+            self._low, self._high = min(self._low, numbers.min()), max(self._high, numbers.max())
+
+    def summary(self) -> dict[str, float | int | bool | None]:
+        """Coverage in percent, distinct values (missing ones not counted), bytes a value, rare values, range."""
+        counts = self._counter.counts()
+        distinct, numeric = self._counter.distinct(), self._numeric and self._low <= self._high
+        return {
+            "coverage": 100 * (1 - self._gone / self._rows),
+            "cardinality": distinct,
+            "exact": self._counter.exact,
+            "bytes": self._bytes / self._rows,
+            "rare": int((counts == 1).sum()),
+            "rare_share": float((counts == 1).mean()) if len(counts) else 0.0,
+            **{f"more_than_{times}": int((counts > times).sum()) for times in MORE_THAN},
+            "min": float(self._low) if numeric else None,
+            "max": float(self._high) if numeric else None,
+        }
+
+    @property
+    def share_distinct(self) -> float:
+        """Distinct values over rows that hold one."""
+        return self._counter.distinct() / max(self._rows - self._gone, 1)
+
+    @property
+    def numeric(self) -> bool:
+        """Whether every value that is not missing is a number."""
+        return self._numeric and self._low <= self._high
+
+
+def medians(sample: pa.Table, missing: tuple[str, ...]) -> dict[str, float | None]:
+    """Median of every numeric column of a sample of the rows."""
+    found: dict[str, float | None] = {}
+    for name, column in zip(sample.column_names, sample.columns):
+        numbers = as_numbers(column, missing)
+        known = numbers is not None and np.isfinite(numbers)
+        found[name] = float(np.median(numbers[known])) if numbers is not None and np.any(known) else None
+    return found
+
+
+def row_quality(sample: pa.Table, label: str, missing: tuple[str, ...]) -> pa.Table:
+    """How the rows of a sample look, by value of the label: one row per value, shares of all their fields.
+
+    `missing` and `zero` fields, fields `longer_than_…` characters, and the `entropy` of a row's characters in nats,
+    summed over its fields (mean over rows).
+    """
+    target = encode(label, sample[label])
+    names = ["missing", "zero", *(f"longer_than_{length}" for length in LONGER_THAN), "entropy"]
+    sums = np.zeros((len(target.values), len(names)))
+    fields = [name for name in sample.column_names if name != label]
+    for name in fields:
+        coded = encode(name, sample[name])
+        properties = _field_properties(coded, missing)
+        for at in range(len(names)):
+            sums[:, at] += np.bincount(target.codes, properties[coded.codes, at], minlength=len(sums))
+    counts = np.bincount(target.codes, minlength=len(sums))
+    kept = counts > 0
+    shares = sums[kept] / counts[kept, None]
+    shares[:, :-1] /= max(len(fields), 1)
+    texts = as_text(target.values).filter(pa.array(kept))
+    if pa.types.is_large_binary(texts.type):
+        texts = pa.array([repr(value) for value in texts.to_pylist()], pa.large_string())
+    columns = {"label": texts, "rows": pa.array(counts[kept])}
+    return pa.table(columns | {name: pa.array(shares[:, at]) for at, name in enumerate(names)})
+
+
+def _field_properties(coded: Coded, missing: tuple[str, ...]) -> Float[np.ndarray, "values properties"]:
+    text = as_text(coded.values)
+    gone = is_missing(coded.values, text, missing)
+    text = pc.fill_null(text, pa.scalar("" if pa.types.is_large_string(text.type) else b"", text.type))
+    _, offsets, data = text.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
+    lengths, entropies, zero = _characters(np.frombuffer(data or b"", np.uint8), bounds)
+    return np.stack([gone, zero, *(lengths > longest for longest in LONGER_THAN), entropies], axis=1).astype(float)
+
+
+@numba.njit(nogil=True, cache=True)
+def _characters(data, bounds):
+    """Of UTF-8 texts: how many characters each has, their entropy in nats, and whether it is "0"."""
+    lengths = np.zeros(len(bounds) - 1, np.int64)
+    entropies = np.zeros(len(lengths))
+    zero = np.zeros(len(lengths), np.bool_)
+    for i in range(len(lengths)):
+        points = np.empty(bounds[i + 1] - bounds[i], np.uint32)
+        n = 0
+        for at in range(bounds[i], bounds[i + 1]):
+            byte = np.uint32(data[at])
+            if byte & 0xC0 != 0x80:  # the first byte of a character
+                points[n] = byte
+                n += 1
+            elif n:
+                points[n - 1] = points[n - 1] << np.uint32(6) ^ byte
+        lengths[i] = n
+        zero[i] = n == 1 and points[0] == 48
+        points = np.sort(points[:n])
+        run = 0
+        for at in range(n):
+            run += 1
+            if at == n - 1 or points[at + 1] != points[at]:
+                share = run / n
+                entropies[i] -= share * np.log(share)
+                run = 0
+    return lengths, entropies, zero
