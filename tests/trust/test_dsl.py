@@ -18,6 +18,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression
 from salience.errors import DataError, InputError
 from salience.trust import DSL, aggregate_labels, dsl_regression, prevalence, sample_for_labeling
 from salience.trust.dsl.formula import Regressors, parse
+from salience.trust.labels import check_labels_of
 
 OFFICIAL = json.loads((Path(__file__).parent / "dsl_official.json").read_text())
 DATA = {name: np.array(values) for name, values in OFFICIAL["data"].items()}
@@ -294,6 +295,23 @@ def test_prevalence_by_label_and_group() -> None:
     assert one == pytest.approx((q + ratio * (np.where(known, mark, 0) - np.where(known, q, 0)))[group == "x"].mean())
 
 
+@pytest.mark.parametrize("nothing", [None, np.nan, pd.NA])
+def test_prevalence_drops_and_counts_rows_that_the_model_did_not_label(nothing) -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.choice(["a", "b", "c"], 500, p=[0.5, 0.3, 0.2])
+    guess = np.where(rng.random(500) < 0.8, truth, "a").astype(object)
+    gold = np.array([t if r else nothing for t, r in zip(truth, rng.random(500) < 0.4)], dtype=object)
+    holes, group = rng.random(500) < 0.5, np.where(np.arange(500) < 250, "x", "y").astype(object)
+    settings = {"learner": "identity", "splits": 1, "prob": 0.4, "rescale": False}
+    torn = np.where(holes, nothing, guess)
+    found = prevalence(torn, gold, **settings)
+    pd.testing.assert_frame_equal(found, prevalence(guess[~holes], gold[~holes], **settings))
+    assert found.attrs["n_dropped"] == holes.sum() and not found["share"].isna().any()
+    group[holes] = nothing
+    by_group = prevalence(guess, gold, groups=group, **settings)
+    assert set(by_group["group"]) == {"x", "y"} and by_group.attrs["n_dropped"] == holes.sum()
+
+
 def test_sampling_follows_its_design() -> None:
     labels = np.array(["rare"] * 40 + ["common"] * 960)
     drawn = sample_for_labeling(labels, 100, oversample={"rare": 10})
@@ -328,14 +346,16 @@ def test_formulas() -> None:
     assert wanted.outcome == "my y" and not wanted.intercept
     assert wanted.terms == (("x",), ("group id",), ("x", "z")) and wanted.categories == {"group id"}
     columns = pa.table({"x": [1.0, 2.0, 3.0], "g": ["b", "a", None], "z": [2, 3, 4]})
-    built = Regressors(parse("y ~ g + x:z"), columns, {})
+    built = Regressors(parse("y ~ g + x:z"), columns, [])
+    np.testing.assert_array_equal(built.whole, [True, True, False])
+    built.keep(built.whole)
     assert built.names == ["g[b]", "x:z"]
-    np.testing.assert_array_equal(built.matrix({}), [[1, 2], [0, 6], [np.nan, 12]])
+    np.testing.assert_array_equal(built.matrix({}), [[1, 2], [0, 6]])
     for bad in ("y", "~ x", "y ~", "y ~ x - z", "y ~ log(x)", "y ~ x | z"):
         with pytest.raises(InputError):
             parse(bad)
     with pytest.raises(InputError, match="nearest"):
-        Regressors(parse("y ~ gg"), columns, {})
+        Regressors(parse("y ~ gg"), columns, [])
 
 
 def test_a_frame_a_file_and_a_mapping_give_the_same(tmp_path: Path) -> None:
@@ -395,6 +415,38 @@ def test_separation_is_named() -> None:
     truth = (x > 0).astype(float)
     with pytest.raises(DataError, match=r"separated"):
         DSL(learner="identity").fit(x[:, None], truth, truth)
+
+
+@pytest.mark.parametrize("seed", [-1, None, 1.5])
+def test_a_seed_that_is_none(seed) -> None:
+    with pytest.raises(InputError, match="random_state must be a whole number"):
+        fit(random_state=seed)
+    with pytest.raises(InputError, match="random_state must be a whole number"):
+        dsl_regression("y ~ x1", table(["y"], "R"), "y", "q", prob="prob", random_state=seed)
+
+
+def test_a_level_of_dropped_rows_only_is_no_regressor() -> None:
+    data = table(["y"], "R") | {"group": np.array(["a", "b"] * 75, dtype=object)}
+    data["group"][:5], data["x1"] = "rare", data["x1"].astype(float)
+    data["x1"][:5] = np.nan
+    settings = {"predicted": "y", "prediction": "q", "prob": "prob", "learner": "identity", "splits": 1}
+    found = dsl_regression("y ~ x1 + C(group)", data, **settings)
+    assert found.names == ("(intercept)", "x1", "group[b]") and found.n_dropped == 5
+
+
+def test_agreement_is_that_of_the_outcome() -> None:
+    """The regressor's labels are all right, the outcome's are wrong on a tenth: the order of columns does not matter."""
+    rng = np.random.default_rng(0)
+    z = rng.integers(0, 2, 400).astype(float)
+    y = (rng.random(400) < 0.3 + 0.3 * z).astype(float)
+    data = {"y": y, "z": z, "q": np.where(np.arange(400) % 10 == 0, 1 - y, y), "zq": z}
+    for gold, predicted in ((["y", "z"], ["q", "zq"]), (["z", "y"], ["zq", "q"])):
+        part = check_labels_of(
+            data, gold=gold, predicted=predicted, formula="y ~ z", learner="identity", splits=1, assume_random=True
+        ).parts[0]
+        assert part.agreement is not None and part.agreement[0] == pytest.approx(0.9)
+        assert part.baseline == pytest.approx(max(y.mean(), 1 - y.mean()))
+        assert part.correlation == pytest.approx(np.corrcoef(y, data["q"])[0, 1])
 
 
 def test_a_class_missing_outside_a_fold() -> None:

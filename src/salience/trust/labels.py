@@ -32,7 +32,8 @@ class LabelsPart:
     halving : list of int or None
         Gold labels in all that would halve each interval.
     agreement : (mean, low, high) or None
-        Share of labelled rows on which model and gold agree, weighted by ``1 / pi``; for labels of a few kinds.
+        Share of labelled rows on which model and gold agree, weighted by ``1 / pi``; for labels of a few kinds. Of the
+        outcome where it is a gold column, of the first gold column otherwise.
     baseline : float or None
         Agreement of always naming the commonest gold label.
     correlation : float
@@ -175,6 +176,8 @@ def check_labels_of(
     mean = not parse(formula).terms
     chosen = model if model != "auto" else "logit" if not mean and _binary(table, outcome, gold) else "lm"
     categories = _categories(table, outcome, gold, category)
+    pairs = dict(zip(gold, predicted))
+    judged = (outcome, pairs[outcome]) if outcome in pairs else (gold[0], predicted[0])
     parts = []
     for at, label in enumerate(categories):
         tell(f"estimating {outcome if label is None else label} ({at + 1} of {len(categories)})")
@@ -188,7 +191,7 @@ def check_labels_of(
         if mean and len(result.names) == 1:
             result = replace(result, names=("share" if label is not None or _binary(table, outcome, gold) else "mean",))
         what = outcome if label is None else f"{outcome} = {label}"
-        parts.append(_part(table, what, label, gold[0], predicted[0], settings.get("prob"), result, random_state))
+        parts.append(_part(table, what, label, *judged, settings.get("prob"), result, random_state))
     recorded = {"formula": formula, "model": chosen, "gold": list(gold), "predicted": list(predicted),
                 "learner": learner, "random_state": random_state, **settings}  # fmt: skip
     return LabelsCheck(parts, alpha, table.num_rows, recorded)

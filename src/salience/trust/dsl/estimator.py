@@ -178,10 +178,10 @@ class DSL(BaseEstimator):
         return self.learner
 
     def _check(self) -> None:
-        check_settings(self.model, self.learner, self.folds, self.splits)
+        check_settings(self.model, self.learner, self.folds, self.splits, self.random_state)
 
 
-def check_settings(model: str, learner: Any, folds: int, splits: int) -> None:
+def check_settings(model: str, learner: Any, folds: int, splits: int, random_state: int) -> None:
     """Refuse settings that mean nothing."""
     if model not in MODELS:
         raise InputError(f"model must be one of {', '.join(MODELS)}, not {model!r}")
@@ -189,7 +189,7 @@ def check_settings(model: str, learner: Any, folds: int, splits: int) -> None:
         raise InputError(f"learner must be a scikit-learn estimator or 'identity', not {learner!r}")
     if learner is not None and not isinstance(learner, str) and not hasattr(learner, "fit"):
         raise InputError(f"learner must be a scikit-learn estimator or 'identity', not a {type(learner).__name__}")
-    for name, value, least in (("folds", folds, 2), ("splits", splits, 1)):
+    for name, value, least in (("folds", folds, 2), ("splits", splits, 1), ("random_state", random_state, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
 

@@ -8,12 +8,12 @@ stand in backticks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from salience.errors import DataError, InputError, nearest
 from salience.io.whole import is_text, numbers_of, words_of
@@ -85,12 +85,21 @@ def parse(formula: str) -> Formula:
 class Regressors:
     """The regressors of a formula, built from a table and from values of the columns that need prediction.
 
+    `keep` says which rows are used, and comes before `known` and `matrix`.
+
     Parameters
     ----------
     formula : Formula
     table : pyarrow Table
-    predicted : mapping of str to (n,) float
-        Gold values of predicted columns, which are not read from the table.
+    predicted : collection of str
+        Columns that need prediction, which are not read from the table.
+
+    Attributes
+    ----------
+    whole : (n,) bool
+        Rows with a value in every column that is read from the table.
+    names : list of str
+        Columns of the design; after `keep`.
 
     Raises
     ------
@@ -98,9 +107,9 @@ class Regressors:
         A column is missing, or a predicted one is to be taken as categories.
     """
 
-    def __init__(self, formula: Formula, table: pa.Table, predicted: Mapping[str, np.ndarray]) -> None:
-        self._formula, self._predicted = formula, set(predicted)
-        self._fixed: dict[str, tuple[list[str], np.ndarray]] = {}
+    def __init__(self, formula: Formula, table: pa.Table, predicted: Collection[str]) -> None:
+        self._formula, self._predicted = formula, list(predicted)
+        self._columns: dict[str, np.ndarray] = {}  # words of categories, numbers of the others
         for name in formula.columns:
             if name in predicted:
                 if name in formula.categories:
@@ -108,21 +117,33 @@ class Regressors:
                 continue
             if name not in table.column_names:
                 raise InputError(f"formula names {name!r}, which is no column ({nearest(name, table.column_names)})")
-            if name in formula.categories or is_text(table[name]):
-                full = not formula.intercept and formula.terms[0] == (name,)
-                self._fixed[name] = _dummies(name, words_of(table, name), full)
+            words = name in formula.categories or is_text(table[name])
+            self._columns[name] = words_of(table, name) if words else numbers_of(table, name)
+        self.whole = np.ones(table.num_rows, dtype=bool)
+        for values in self._columns.values():
+            self.whole &= np.isfinite(values) if values.dtype == np.float64 else np.not_equal(values, None).astype(bool)
+
+    def keep(self, rows: Bool[np.ndarray, " n"]) -> None:
+        """Build the design of the rows where a mask holds: a category that occurs elsewhere only gets no column.
+
+        Raises
+        ------
+        DataError
+            A column to be taken as categories has fewer than 2 of them in these rows, or too many.
+        """
+        first = self._formula.terms[0] if self._formula.terms else ()
+        self._fixed: dict[str, tuple[list[str], np.ndarray]] = {}
+        for name, values in self._columns.items():
+            if values.dtype == np.float64:
+                self._fixed[name] = [name], values[rows][:, None]
             else:
-                self._fixed[name] = [name], numbers_of(table, name)[:, None]
-        self.names = self._build(dict.fromkeys(predicted, np.zeros(table.num_rows)))[0]
+                self._fixed[name] = _dummies(name, values[rows], not self._formula.intercept and first == (name,))
+        self.names = self._build(dict.fromkeys(self._predicted, np.zeros(int(rows.sum()))))[0]
 
     def known(self) -> Float[np.ndarray, "n k"]:
         """The regressor columns that need no prediction."""
         parts = [values for _, values in self._fixed.values()]
         return np.hstack(parts) if parts else np.empty((0, 0))
-
-    def keep(self, rows: np.ndarray) -> None:
-        """Leave out the rows where a mask does not hold."""
-        self._fixed = {name: (labels, values[rows]) for name, (labels, values) in self._fixed.items()}
 
     def matrix(self, predicted: Mapping[str, Float[np.ndarray, " n"]]) -> Float[np.ndarray, "n p"]:
         """The design without an intercept, with these values in the predicted columns."""
@@ -144,9 +165,8 @@ class Regressors:
 
 
 def _dummies(name: str, words: np.ndarray, full: bool) -> tuple[list[str], np.ndarray]:
-    """One column per level but the first (or all), NaN in rows where the value is missing."""
-    missing = np.array([word is None for word in words])
-    levels = sorted({word for word in words if word is not None})
+    """One column per level but the first (or all)."""
+    levels = sorted(set(words))
     if len(levels) < 2:
         raise DataError(f"column {name!r} has {len(levels)} category; a regressor needs at least 2")
     if len(levels) > _MOST_LEVELS:
@@ -156,5 +176,4 @@ def _dummies(name: str, words: np.ndarray, full: bool) -> tuple[list[str], np.nd
         )
     shown = levels if full else levels[1:]
     values = np.stack([words == level for level in shown], axis=1).astype(np.float64)
-    values[missing] = np.nan
     return [f"{name}[{level}]" for level in shown], values

@@ -62,7 +62,7 @@ def dsl_regression(
     InputError, DataError
         See `salience.trust.DSL.fit`.
     """
-    check_settings(model, learner, folds, splits)
+    check_settings(model, learner, folds, splits, random_state)
     table, wanted = whole_table(data), parse(formula)
     variables = [predicted] if isinstance(predicted, str) else list(predicted)
     stand_ins = [prediction] if isinstance(prediction, str) else list(prediction)
@@ -79,20 +79,21 @@ def dsl_regression(
     chance = check_prob(
         numbers_of(table, prob, "prob column") if prob else None, ~np.isnan(gold).any(axis=1), assume_random
     )
-    regressors = Regressors(wanted, table, dict.fromkeys(variables, np.empty(0)))
+    regressors = Regressors(wanted, table, variables)
     outcome = None if wanted.outcome in variables else numbers_of(table, wanted.outcome, "outcome")
-    inputs = [surrogate, *(_feature(table, name) for name in features), _shaped(regressors.known(), len(surrogate))]
+    inputs = [surrogate, *(_feature(table, name) for name in features)]
     needed = inputs if outcome is None else [*inputs, outcome[:, None]]
     groups = [words_of(table, name, "fixed effect") for name in fixed_effects]
     clusters = words_of(table, cluster, "cluster") if cluster else None
-    whole = np.all([np.isfinite(part).all(axis=1) for part in needed], axis=0)
+    whole = np.all([regressors.whole, *(np.isfinite(part).all(axis=1) for part in needed)], axis=0)
     for words in [*groups, *([clusters] if clusters is not None else [])]:
         whole &= np.array([word is not None for word in words])
     if not whole.any():
         raise DataError("no row has a value in every column that is used")
     regressors.keep(whole)
     code = None if clusters is None else np.unique(clusters[whole].astype(str), return_inverse=True)[1]
-    rows = Rows(gold[whole], surrogate[whole], np.hstack(inputs)[whole], chance[whole], code)
+    known = np.hstack([*(part[whole] for part in inputs), _shaped(regressors.known(), int(whole.sum()))])
+    rows = Rows(gold[whole], surrogate[whole], known, chance[whole], code)
     kept_outcome = None if outcome is None else outcome[whole]
     kept_groups = [np.unique(group[whole].astype(str), return_inverse=True)[1] for group in groups]
     intercept = wanted.intercept and model != "felm"
@@ -125,7 +126,8 @@ def prevalence(
     Parameters
     ----------
     Q, Y : (n,)
-        The model's labels and the gold labels (None or NaN where there is none), numbers or words.
+        The model's labels and the gold labels (None or NaN where there is none), numbers or words. Rows without a
+        label of the model, or without a group, are dropped and counted.
     labels : sequence, optional
         Which labels; by default all that occur among the gold labels.
     prob : (n,) float, optional
@@ -138,37 +140,44 @@ def prevalence(
     Returns
     -------
     DataFrame
-        label, group (where given), method, share, se, low, high.
+        label, group (where given), method, share, se, low, high; ``attrs["n_dropped"]`` counts the rows left out.
     """
     import pandas as pd
 
     model_labels, gold = np.asarray(Q, dtype=object), np.asarray(Y, dtype=object)
     if model_labels.shape != gold.shape or gold.ndim != 1:
         raise InputError(f"Q and Y must have one value for each row, not shapes {model_labels.shape} and {gold.shape}")
-    missing = np.array([value is None or value != value for value in gold])
+    missing, unsaid = pd.isna(gold), pd.isna(model_labels)
+    gold, model_labels = np.where(missing, None, gold), np.where(unsaid, None, model_labels)  # pd.NA equals nothing
     if missing.all():
         raise DataError("no row has gold labels: label a random sample by hand first (see sample_for_labeling)")
     every = sorted({value for value in gold[~missing]}, key=str) if labels is None else list(labels)
     levels, dummies = None, None
     if groups is not None:
-        levels, codes = np.unique(np.asarray(groups).astype(str), return_inverse=True)
-        if len(codes) != len(gold):
-            raise InputError(f"groups has {len(codes)} values; there are {len(gold)} rows")
-        dummies = (codes[:, None] == np.arange(len(levels))).astype(np.float64)
+        given = np.asarray(groups, dtype=object)
+        if given.shape != gold.shape:
+            raise InputError(f"groups has shape {given.shape}; there are {len(gold)} rows")
+        ungrouped, texts = pd.isna(given), given.astype(str)
+        levels = np.unique(texts[~(ungrouped | unsaid)])
+        dummies = (texts[:, None] == levels).astype(np.float64)
+        dummies[ungrouped] = np.nan
     parts = []
-    kinds = sorted({value for value in model_labels if value is not None and value == value}, key=str)
+    kinds = sorted(set(model_labels[~unsaid]), key=str)
     others = np.stack([model_labels == kind for kind in kinds], axis=1).astype(np.float64) if len(kinds) > 2 else None
     for label in every:
         target = np.where(missing, np.nan, (gold == label).astype(np.float64))
         model = DSL(model="lm", fit_intercept=groups is None, **settings)
-        result = model.fit(dummies, target, (model_labels == label).astype(np.float64), W=others, prob=prob).result_
+        stand_in = np.where(unsaid, np.nan, (model_labels == label).astype(np.float64))
+        result = model.fit(dummies, target, stand_in, W=others, prob=prob).result_
         frame = pd.DataFrame(result.rows(alpha)).drop(columns="p_value").rename(columns={"coef": "share"})
         frame.insert(0, "label", label)
         named = frame.pop("name")
         if levels is not None:
             frame.insert(1, "group", [levels[result.names.index(name)] for name in named])
         parts.append(frame)
-    return pd.concat(parts, ignore_index=True)
+    frame = pd.concat(parts, ignore_index=True)
+    frame.attrs["n_dropped"] = result.n_dropped
+    return frame
 
 
 def _check_columns(variables: list[str], stand_ins: list[str], used: list[str]) -> None:
