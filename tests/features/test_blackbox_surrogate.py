@@ -10,6 +10,8 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.inspection import permutation_importance
 from sklearn.linear_model import LogisticRegression
+from sklearn.svm import LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 
 from salience.errors import DataError, InputError
 from salience.features import (
@@ -23,6 +25,7 @@ from salience.features import (
     probe_importance,
     sufficiency,
 )
+from salience.features.blackbox_surrogate.rules import Condition, rules_of
 from salience.features.table_explanation import encode, explain_table
 
 
@@ -203,7 +206,7 @@ def test_fidelity_by_its_formulas() -> None:
     wanted, given = oracle(rows), explainer.surrogate_.predict_proba(rows[:, explainer.columns_])
     assert found["agreement"] == pytest.approx((given.argmax(1) == wanted.argmax(1)).mean())
     assert found["r2"] == pytest.approx(1 - ((given - wanted) ** 2).sum() / ((wanted - wanted.mean(0)) ** 2).sum())
-    noise = explainer.mimic([0, 1])
+    noise = explainer.with_columns([0, 1]).surrogate_
     assert fidelity_of(noise, np.array([0, 1]), rows, oracle)["agreement"] < found["agreement"] - 0.15
 
 
@@ -221,12 +224,83 @@ def test_explanations_are_passed_through_the_black_box() -> None:
         found = explainer.explain(row)
         assert found.answer == oracle(row[None]).argmax() and found.rule is not None and found.rule.covers(row[None])[0]
         assert set(found.attributions) == {explainer.names_[c] for c in explainer.columns_}
-        best = found.counterfactuals[0]
-        assert best.flips and oracle(best.row[None]).argmax() == best.answer != found.answer
-        changed = {explainer.names_[c] for c in np.flatnonzero(best.row != row)}
-        assert changed == set(best.changes)
-        if not best.extended:
-            assert best.rule.covers(best.row[None])[0]
+        sizes = [(len(item.changes), item.size) for item in found.counterfactuals]
+        assert sizes == sorted(sizes)  # the nearest first, whatever the black box says
+        for item in found.counterfactuals:
+            assert oracle(item.row[None]).argmax() == item.answer and item.flips == (item.answer != found.answer)
+            assert {explainer.names_[c] for c in np.flatnonzero(item.row != row)} == set(item.changes)
+            assert item.rule.covers(item.row[None])[0] and item.rule.label != found.answer
+        assert found.counterfactuals[0].flips and found.extended is None
+
+
+def test_a_search_for_a_flip_is_no_counterfactual_of_the_surrogate() -> None:
+    """The sum of ten columns decides; a tree on one of them cannot flip it by that column, further columns can."""
+    x = np.random.default_rng(0).normal(size=(400, 10))
+
+    def box(rows: np.ndarray) -> np.ndarray:
+        chance = 1 / (1 + np.exp(-rows.sum(axis=1)))
+        return np.column_stack([1 - chance, chance])
+
+    explainer = HighDimExplainer(black_box=box, k=1, max_depth=1).fit(x)
+    row = np.full(10, 2.0)
+    found = explainer.explain(row)
+    nearest, further = found.counterfactuals[0], found.extended
+    assert len(nearest.changes) == 1 and not nearest.flips and nearest.answer == found.answer == 1
+    assert further is not None and further.flips and box(further.row[None]).argmax() == 0
+    assert set(nearest.changes) < set(further.changes) and len(further.changes) > 1
+
+
+def test_rules_on_neighbouring_float32_values() -> None:
+    """The threshold between two neighbours lies between them in float64, not in float32."""
+    low = np.float32(1.0)
+    high = np.nextafter(low, np.float32(2))
+    x = np.array([[low], [high]] * 30, dtype=np.float64)
+    tree = DecisionTreeClassifier().fit(x, x[:, 0] > 1)
+    rules = rules_of(tree, np.array([0]), ["v"], x, (x[:, 0] > 1).astype(int))
+    labels = np.array([rule.label for rule in rules])
+    covers = np.stack([rule.covers(x) for rule in rules])
+    assert (covers.sum(axis=0) == 1).all()
+    np.testing.assert_array_equal(labels[covers.argmax(axis=0)], tree.predict(x))
+
+
+def test_the_ends_of_a_condition_can_be_told_apart() -> None:
+    assert str(Condition(0, "v", 1.00001, 1.00002)) == "1.00001 < v <= 1.00002"
+    assert str(Condition(0, "v", -np.inf, 1.00002)) == "v <= 1"
+    assert str(Condition(0, "v", 1.0, 2.0)) == "1 < v <= 2"
+
+
+def test_a_rare_answer_is_probed() -> None:
+    """One row in a hundred is answered otherwise: 200 rows at random need not hold one."""
+    x = np.random.default_rng(0).normal(size=(2000, 4))
+    cut = np.sort(x[:, 1])[-6]
+    box = lambda rows: (rows[:, 1] > cut).astype(int)  # noqa: E731
+    for seed in range(4):
+        explainer = HighDimExplainer(black_box=box, random_state=seed, k=1, probe_rows=50).fit(x)
+        assert explainer.columns_.tolist() == [1]
+
+
+def test_class_numbers_and_classifiers_without_probabilities() -> None:
+    x, _ = world()
+    kinds = np.digitize(x[:, 2], [-0.5, 0.5])
+    numbers = lambda rows: np.digitize(rows[:, 2], [-0.5, 0.5])  # noqa: E731
+    labels = np.array(["high", "low", "middle"])[[1, 2, 0]]
+    for box in (numbers, LinearSVC(random_state=0).fit(x, labels[kinds])):
+        explainer = HighDimExplainer(black_box=box, k=1).fit(x)
+        assert explainer.n_classes_ == 3
+        few = x[kinds < 2]  # the largest class is not among the answers
+        assert explainer.fidelity(few)["agreement"] > 0.8
+        assert explainer.explain(few[0]).attributions
+        some = HighDimExplainer(black_box=box, k=1).fit(few)  # nor among those of the surrogate
+        assert some.fidelity(x)["agreement"] < explainer.fidelity(x)["agreement"]
+    with pytest.raises(InputError, match="count from 0"):
+        HighDimExplainer(black_box=lambda rows: numbers(rows) - 1).fit(x)
+
+
+def test_the_tree_on_labels_is_another_tree() -> None:
+    explainer, x = fitted(k=2)
+    wrong = 1 - explainer.answers_
+    other = explainer.with_columns(explainer.columns_, wrong)
+    assert other.fidelity(x)["agreement"] < 0.1 and explainer.fidelity(x)["agreement"] > 0.9
 
 
 def test_attribution_of_a_column_that_does_nothing_is_zero() -> None:
@@ -265,6 +339,7 @@ def test_same_seed_same_result_and_names_of_a_frame() -> None:
         ({"max_depth": 0}, None, InputError, "max_depth"),
         ({"methods": ("shap",)}, None, InputError, "methods"),
         ({"repeats": 0}, None, InputError, "repeats"),
+        ({"random_state": -1}, None, InputError, "random_state"),
         ({"black_box": 3}, None, InputError, "black_box is a int"),
         ({"black_box": lambda rows: np.ones((len(rows), 2)) * [1, 0]}, None, DataError, "answers one class"),
         ({"black_box": lambda rows: np.ones(3)}, None, InputError, "returned shape"),

@@ -222,7 +222,7 @@ def _gains(explainer: HighDimExplainer, test_rows, answers, train_rows, train_la
     right = (explainer.predict(test_rows) == answers).astype(float)
 
     def agrees(chosen: np.ndarray) -> np.ndarray:
-        return (explainer.mimic(chosen).predict(test_rows[:, chosen]) == answers).astype(float)
+        return (explainer.with_columns(chosen).predict(test_rows) == answers).astype(float)
 
     with np.errstate(all="ignore"):
         statistic = np.nan_to_num(f_classif(train_rows, train_labels)[0], nan=-1.0)

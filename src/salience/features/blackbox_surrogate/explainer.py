@@ -10,6 +10,7 @@ DSAA 2023 (arXiv 2208.13405); parts on rules, counterfactuals and measures follo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,11 @@ class Explanation:
     attributions : dict of str to float
         For each of the k columns, how much of the answer's probability is lost when its value comes from other rows.
     counterfactuals : list of Counterfactual
-        Those that flip the black box first, then fewest changes, then smallest.
+        Of the nearest leaves of other classes: fewest changes first, then smallest, whatever the black box says of
+        them. The first one is what a measure of counterfactuals judges.
+    extended : Counterfactual or None
+        Where the first one does not flip the black box: the same with further columns changed until it does. It is
+        searched by asking the black box, so it says nothing of the surrogate.
     """
 
     answer: int
@@ -53,6 +58,7 @@ class Explanation:
     agrees: bool
     attributions: dict[str, float]
     counterfactuals: list[Counterfactual]
+    extended: Counterfactual | None
 
 
 class HighDimExplainer(BaseEstimator):
@@ -61,7 +67,7 @@ class HighDimExplainer(BaseEstimator):
     Parameters
     ----------
     black_box : callable or fitted classifier
-        With `predict_proba`, or a function from rows to probabilities, or to class numbers.
+        With `predict_proba` or `predict`, or a function from rows to probabilities, or to class numbers from 0.
     k : int or "auto"
         Columns of the surrogate. "auto": the fewest whose fidelity on a quarter of the rows is within one standard
         error of the best.
@@ -72,7 +78,8 @@ class HighDimExplainer(BaseEstimator):
         Probes of `probe_importance` whose ranks are averaged. Attention is left out by default: its network holds more
         weights than a small table can train.
     probe_rows : int
-        Rows that the black box is probed with, at most.
+        Rows that the black box is probed with, at most: half of them in equal parts from every class that it answers,
+        the others at random.
     repeats : int
         Shuffles per column.
     random_state : int
@@ -90,6 +97,8 @@ class HighDimExplainer(BaseEstimator):
     rules_ : list of Rule
         Of the tree, counted on the rows of `fit`.
     names_ : list of str
+    n_classes_ : int
+        Classes that the black box tells apart, as far as `fit` has seen.
     """
 
     def __init__(
@@ -115,7 +124,8 @@ class HighDimExplainer(BaseEstimator):
         Parameters
         ----------
         X : (n, M) array or DataFrame
-            Finite numbers.
+            Finite numbers, of rows that the black box was not trained on: to its training rows a forest repeats their
+            labels, and a surrogate would learn the labels.
         y : ignored
             The surrogate learns what the black box says.
         names : list of str, optional
@@ -140,12 +150,15 @@ class HighDimExplainer(BaseEstimator):
             raise InputError(f"names has {len(self.names_)} entries; X has {columns} columns")
         rng = np.random.default_rng(self.random_state)
         self.rows_ = rows
-        answers = self.answers(rows)
+        self.n_classes_ = 2
+        chances = self._chances(rows)
+        self.n_classes_ = chances.shape[1]
+        answers = chances.argmax(axis=1)
         if len(np.unique(answers)) < 2:
             raise DataError("the black box answers one class for every row: fidelity would mean nothing")
-        some = np.sort(rng.permutation(n)[: self.probe_rows])
+        some = _of_every_class(answers, self.probe_rows, rng)
         self.importance_: Importance = probe_importance(
-            self._predict, rows[some], methods=tuple(self.methods), repeats=self.repeats,
+            self._chances, rows[some], methods=tuple(self.methods), repeats=self.repeats,
             random_state=self.random_state, progress=progress,
         )  # fmt: skip
         self.order_ = self.importance_.order()
@@ -153,16 +166,14 @@ class HighDimExplainer(BaseEstimator):
         self.fidelities_: list[float] = []
         k = self._elbow(rows, answers, rng) if self.k == "auto" else int(self.k)
         self.columns_: Int[np.ndarray, " k"] = self.order_[:k]
-        self.surrogate_ = self._mimic(rows, answers, self.columns_)
         self.answers_ = answers
-        self.rules_ = (
-            rules_of(self.surrogate_, self.columns_, self.names_, rows, answers) if self.surrogate == "tree" else []
-        )
+        self._learn(answers)
         return self
 
     def answers(self, X: Any) -> Int[np.ndarray, " n"]:
         """Column of the largest probability of the black box for each row."""
-        return probabilities(self._predict, checked_rows(X)).argmax(axis=1)
+        check_is_fitted(self)
+        return self._chances(self._rows(X)).argmax(axis=1)
 
     def predict(self, X: Any) -> Int[np.ndarray, " n"]:
         """What the surrogate says: a column of the black box's probabilities for each row."""
@@ -183,12 +194,24 @@ class HighDimExplainer(BaseEstimator):
             The black box answers one class for all of these rows.
         """
         check_is_fitted(self)
-        return fidelity_of(self.surrogate_, self.columns_, self._rows(X), self._predict)
+        return fidelity_of(self.surrogate_, self.columns_, self._rows(X), self._chances)
 
-    def mimic(self, columns: Sequence[int] | np.ndarray) -> Any:
-        """A surrogate of the same kind on other columns, to compare with."""
+    def with_columns(
+        self, columns: Sequence[int] | np.ndarray, targets: Int[np.ndarray, " n"] | None = None
+    ) -> HighDimExplainer:  # fmt: skip
+        """The same explainer with a surrogate on other columns, to compare with.
+
+        Parameters
+        ----------
+        columns : (k,) int
+        targets : (n,) int, optional
+            What the surrogate learns on the rows of `fit`; the black box's answers by default.
+        """
         check_is_fitted(self)
-        return self._mimic(self.rows_, self.answers_, np.asarray(columns))
+        other = copy(self)
+        other.columns_ = np.asarray(columns)
+        other._learn(self.answers_ if targets is None else targets)
+        return other
 
     def rules(
         self, min_support: float = 0.01, min_confidence: float = 0.0, X: Any = None
@@ -209,14 +232,16 @@ class HighDimExplainer(BaseEstimator):
         """Explain the black box's answer to one row (M,)."""
         check_is_fitted(self)
         row = self._rows(np.asarray(x, dtype=np.float64).reshape(1, -1))
-        before = probabilities(self._predict, row)[0]
+        before = self._chances(row)[0]
         answer = int(before.argmax())
-        rule, others = None, []
+        rule, others, further = None, [], None
         if self.surrogate == "tree":
             rule = next(item for item in self.rules_ if item.covers(row)[0])
             others = self._counterfactuals(row[0], answer)
+            further = self._extended(others[0], row[0], answer) if others and not others[0].flips else None
         agrees = bool(self.predict(row)[0] == answer)
-        return Explanation(answer, rule, agrees, self._attributions(row[0], before[answer], answer, draws), others)
+        why = self._attributions(row[0], before[answer], answer, draws)
+        return Explanation(answer, rule, agrees, why, others, further)
 
     def _counterfactuals(self, x: np.ndarray, answer: int) -> list[Counterfactual]:
         spread = self.rows_.std(axis=0)
@@ -230,36 +255,34 @@ class HighDimExplainer(BaseEstimator):
         if not tried:
             return []
         said = self.answers(np.stack([item[-1] for item in tried[:_LEAVES]]))
-        found = [
+        return [
             Counterfactual(rule, changes, row, size, int(now), bool(now != answer))
             for (_, size, _, rule, changes, row), now in zip(tried, said)
         ]
-        if not any(item.flips for item in found):
-            found += self._extended(found[0], x, answer, spread)
-        return sorted(found, key=lambda item: (not item.flips, len(item.changes), item.size))
 
-    def _extended(
-        self, nearest: Counterfactual, x: np.ndarray, answer: int, spread: np.ndarray
-    ) -> list[Counterfactual]:  # fmt: skip
+    def _extended(self, nearest: Counterfactual, x: np.ndarray, answer: int) -> Counterfactual | None:
         """The nearest one with more columns changed, most important first, until the black box flips; or nothing.
 
         They are set to the median of the rows to which the black box gives the label wanted.
         """
-        wanted = np.median(self.rows_[self.answers_ == nearest.rule.label], axis=0)
+        there = self.rows_[self.answers_ == nearest.rule.label]
+        if not len(there):
+            return None
+        wanted, spread = np.median(there, axis=0), self.rows_.std(axis=0)
         more = [int(c) for c in self.order_ if self.names_[c] not in nearest.changes and wanted[c] != x[c]]
         more = more[: _CHANGES - len(nearest.changes)]
         if not more:
-            return []
+            return None
         steps = np.tile(nearest.row, (len(more), 1))
         for step, column in enumerate(more):
             steps[step:, column] = wanted[column]
         said = self.answers(steps)
         if not (said != answer).any():
-            return []
+            return None
         last = int(np.argmax(said != answer))
         added = {self.names_[c]: (float(x[c]), float(wanted[c])) for c in more[: last + 1]}
         size = float((np.abs(steps[last] - x) / np.where(spread > 0, spread, 1.0)).sum())
-        return [Counterfactual(nearest.rule, nearest.changes | added, steps[last], size, int(said[last]), True, True)]
+        return Counterfactual(nearest.rule, nearest.changes | added, steps[last], size, int(said[last]), True)
 
     def _attributions(self, x: np.ndarray, chance: float, answer: int, draws: int) -> dict[str, float]:
         rng = np.random.default_rng(self.random_state)
@@ -267,7 +290,7 @@ class HighDimExplainer(BaseEstimator):
         changed = np.tile(x, (len(self.columns_) * draws, 1))
         for at, column in enumerate(self.columns_):
             changed[at * draws : (at + 1) * draws, column] = others[:, column]
-        after = probabilities(self._predict, changed)[:, answer].reshape(len(self.columns_), draws).mean(axis=1)
+        after = self._chances(changed)[:, answer].reshape(len(self.columns_), draws).mean(axis=1)
         return {self.names_[column]: float(chance - value) for column, value in zip(self.columns_, after)}
 
     def _elbow(self, rows: np.ndarray, answers: np.ndarray, rng: np.random.Generator) -> int:
@@ -292,10 +315,25 @@ class HighDimExplainer(BaseEstimator):
         }
         return kinds[self.surrogate]().fit(rows[:, columns], answers)
 
+    def _learn(self, targets: np.ndarray) -> None:
+        self.surrogate_ = self._mimic(self.rows_, targets, self.columns_)
+        self.rules_ = (
+            rules_of(self.surrogate_, self.columns_, self.names_, self.rows_, self.answers_)
+            if self.surrogate == "tree" else []
+        )  # fmt: skip
+
+    def _chances(self, rows: np.ndarray) -> Float[np.ndarray, "n classes"]:
+        """Probabilities of the black box, as wide as in `fit` at least."""
+        return probabilities(self._predict, rows, self.n_classes_)
+
     def _predict(self, rows: np.ndarray) -> np.ndarray:
-        if hasattr(self.black_box, "predict_proba"):
-            return self.black_box.predict_proba(rows)
-        return self.black_box(rows)
+        box = self.black_box
+        if hasattr(box, "predict_proba"):
+            return box.predict_proba(rows)
+        if not hasattr(box, "predict"):
+            return box(rows)
+        labels = np.asarray(box.predict(rows))
+        return np.searchsorted(box.classes_, labels) if hasattr(box, "classes_") else labels
 
     def _rows(self, X: Any) -> Float[np.ndarray, "n features"]:
         rows = checked_rows(X)
@@ -304,10 +342,11 @@ class HighDimExplainer(BaseEstimator):
         return rows
 
     def _check(self, columns: int) -> None:
-        if not callable(self.black_box) and not hasattr(self.black_box, "predict_proba"):
+        if not (callable(self.black_box) or hasattr(self.black_box, "predict_proba")
+                or hasattr(self.black_box, "predict")):  # fmt: skip
             raise InputError(
-                f"black_box is a {type(self.black_box).__name__}; give a fitted classifier with predict_proba, or a "
-                "function from rows to probabilities"
+                f"black_box is a {type(self.black_box).__name__}; give a fitted classifier with predict_proba or "
+                "predict, or a function from rows to probabilities"
             )
         if self.k != "auto" and (
             isinstance(self.k, bool) or not isinstance(self.k, int | np.integer) or not 1 <= self.k <= columns
@@ -315,10 +354,19 @@ class HighDimExplainer(BaseEstimator):
             raise InputError(f"k must be 'auto' or a whole number from 1 to the {columns} columns, not {self.k!r}")
         if self.surrogate not in SURROGATES:
             raise InputError(f"surrogate must be one of {', '.join(SURROGATES)}, not {self.surrogate!r}")
-        for name, least in (("max_depth", 1), ("probe_rows", 10), ("repeats", 1)):
+        for name, least in (("max_depth", 1), ("probe_rows", 10), ("repeats", 1), ("random_state", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _of_every_class(answers: Int[np.ndarray, " n"], count: int, rng: np.random.Generator) -> Int[np.ndarray, " m"]:
+    """Some rows, half of them in equal parts from every class that is answered: a rare one is not passed over."""
+    order, kinds = rng.permutation(len(answers)), np.unique(answers)
+    share = max(1, count // (2 * len(kinds)))
+    first = np.concatenate([order[answers[order] == kind][:share] for kind in kinds])
+    rest = order[~np.isin(order, first)]
+    return np.sort(np.concatenate([first, rest[: max(0, count - len(first))]]))
 
 
 def fidelity_of(surrogate: Any, columns: np.ndarray, rows: np.ndarray, predict: Callable) -> dict[str, float]:
@@ -327,6 +375,8 @@ def fidelity_of(surrogate: Any, columns: np.ndarray, rows: np.ndarray, predict: 
     answers = wanted.argmax(axis=1)
     if len(np.unique(answers)) < 2:
         raise DataError("the black box answers one class for all of these rows: fidelity would mean nothing")
+    width = max(wanted.shape[1], int(max(surrogate.classes_)) + 1)
+    wanted = np.pad(wanted, ((0, 0), (0, width - wanted.shape[1])))
     given = np.zeros_like(wanted)
     given[:, surrogate.classes_] = surrogate.predict_proba(rows[:, columns])
     left = ((given - wanted) ** 2).sum()

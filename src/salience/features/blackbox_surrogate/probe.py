@@ -134,17 +134,19 @@ def sufficiency(
     return _erased(predict_proba, X, features, background, keep=True)
 
 
-def probabilities(predict_proba: Predict, rows: np.ndarray) -> Float[np.ndarray, "n classes"]:
-    """What a black box says of rows, as probabilities; of predicted classes, ones and zeros."""
+def probabilities(predict_proba: Predict, rows: np.ndarray, classes: int = 2) -> Float[np.ndarray, "n classes"]:
+    """What a black box says of rows, as probabilities of at least so many classes; of class numbers, ones and zeros."""
     found = np.asarray(predict_proba(rows))
-    if found.ndim == 1 and found.dtype.kind in "iu" and len(found) == len(rows):
-        return (found[:, None] == np.arange(max(int(found.max()) + 1, 2))).astype(np.float64)
+    if found.ndim == 1 and found.dtype.kind in "iub" and len(found) == len(rows):
+        if found.min() < 0:
+            raise InputError(f"the black box returned class number {found.min()}; they count from 0")
+        return (found[:, None] == np.arange(max(int(found.max()) + 1, classes))).astype(np.float64)
     if found.ndim != 2 or len(found) != len(rows):
         raise InputError(
             f"the black box returned shape {found.shape} for {len(rows)} rows; probabilities (rows, classes) are "
             "needed, or class numbers (rows,)"
         )
-    return found.astype(np.float64)
+    return np.pad(found.astype(np.float64), ((0, 0), (0, max(0, classes - found.shape[1]))))
 
 
 def checked_rows(X: Any) -> Float[np.ndarray, "n features"]:

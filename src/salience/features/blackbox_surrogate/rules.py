@@ -28,16 +28,20 @@ class Condition:
     high: float
 
     def holds(self, X: Float[np.ndarray, "n features"]) -> Bool[np.ndarray, " n"]:
-        """Rows that meet it. Compared in float32, as scikit-learn's trees do."""
-        values = X[:, self.feature].astype(np.float32)
+        """Rows that meet it: rounded to float32 and compared in float64, as scikit-learn's trees do."""
+        values = X[:, self.feature].astype(np.float32).astype(np.float64)
         return (values > self.low) & (values <= self.high)
 
     def __str__(self) -> str:
+        digits = 4
+        while digits < 17 and np.isfinite([self.low, self.high]).all() and f"{self.low:.{digits}g}" == f"{self.high:.{digits}g}":
+            digits += 1  # until the ends can be told apart
+        low, high = f"{self.low:.{digits}g}", f"{self.high:.{digits}g}"
         if np.isinf(self.low):
-            return f"{self.name} <= {self.high:.4g}"
+            return f"{self.name} <= {high}"
         if np.isinf(self.high):
-            return f"{self.name} > {self.low:.4g}"
-        return f"{self.low:.4g} < {self.name} <= {self.high:.4g}"
+            return f"{self.name} > {low}"
+        return f"{low} < {self.name} <= {high}"
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,6 @@ class Counterfactual:
         What the black box says of the changed row.
     flips : bool
         Whether that is another class than before.
-    extended : bool
-        Whether further columns than the rule's were changed, until the black box flipped.
     """
 
     rule: Rule
@@ -145,7 +147,6 @@ class Counterfactual:
     size: float
     answer: int
     flips: bool
-    extended: bool = False
 
 
 def moved(
