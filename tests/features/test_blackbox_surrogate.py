@@ -253,8 +253,8 @@ def test_a_search_for_a_flip_is_no_counterfactual_of_the_surrogate() -> None:
 @pytest.mark.parametrize("steps", [0, 1])
 def test_rules_on_neighbouring_float32_values(steps: int) -> None:
     """The threshold between two neighbours lies between them in float64; in float32 it is one of them."""
-    low = np.float32(1 + steps * 2**-23)
-    x = np.array([[low], [np.nextafter(low, np.float32(2))]] * 30, dtype=np.float64)
+    low = np.float32(1024 + steps * 2**-13)
+    x = np.array([[low], [np.nextafter(low, np.float32(np.inf))]] * 30, dtype=np.float64)
     upper = (x[:, 0] > low).astype(int)
     tree = DecisionTreeClassifier().fit(x, upper)
     rules = rules_of(tree, np.array([0]), ["v"], x, upper)
