@@ -26,7 +26,7 @@ from salience.features import (
     sufficiency,
 )
 from salience.features.blackbox_surrogate.rules import Condition, rules_of
-from salience.features.table_explanation import encode, explain_table
+from salience.features.table_explanation import encode, explain_table, labelled
 
 
 def world(n: int = 400, noise: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -378,16 +378,18 @@ def test_a_class_that_the_surrogate_never_saw() -> None:
 
 
 def test_tables_are_encoded_with_their_names() -> None:
-    table = {"a": [1.0, None, 3.0], "g": ["u", "v", None], "id": ["x", "y", "z"], "void": [None] * 3, "y": [0, 1, 0]}
-    found = encode(table, "y", ignore=["id"])
-    assert found.names == ["a", "g=u", "g=v"] and list(found.labels) == ["0", "1", "0"]
-    np.testing.assert_array_equal(found.rows, [[1, 1, 0], [2, 0, 1], [3, 0, 0]])
+    columns = {"a": [1.0, None, 3.0, 99.0], "g": ["u", "v", None, "w"], "void": [None] * 4, "y": [0, 1, 0, 1]}
+    table, labels, _ = labelled(columns, "y")
+    found = encode(table, ["a", "g", "void"], np.array([0, 1, 2]))
+    assert found.names == ["a", "g=u", "g=v"] and list(labels) == ["0", "1", "0", "1"]
+    # Row 3 trains nothing: neither its number nor its level is known.
+    np.testing.assert_array_equal(found.rows, [[1, 1, 0], [2, 0, 1], [3, 0, 0], [99, 0, 0]])
     assert any("missing values" in note for note in found.notes) and any("no number" in note for note in found.notes)
     for label, error in (("none", InputError), ("void", DataError)):
         with pytest.raises(error):
-            encode(table, label)
+            labelled(columns, label)
     with pytest.raises(DataError, match="no column is left"):
-        encode({"y": [0, 1]}, "y")
+        encode(table, [], np.arange(3))
 
 
 def test_explain_table_measures_itself() -> None:
@@ -404,6 +406,36 @@ def test_explain_table_measures_itself() -> None:
         explain_table(frame.iloc[:30], "label")
     with pytest.raises(InputError, match="black_box"):
         explain_table(frame, "label", black_box="pickle")
+    for bad in ({"examples": -1}, {"min_support": -0.1}, {"min_support": 1.5}, {"random_state": -1}, {"test": 0}):
+        with pytest.raises(InputError, match=next(iter(bad))):
+            explain_table(frame, "label", **bad)
+
+
+def test_black_box_surrogate_and_measure_have_rows_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A box that repeats the labels of its own rows: the surrogate sees none of them."""
+    import salience.features.table_explanation as made
+
+    class Box(RandomForestClassifier):
+        def fit(self, X, y):
+            seen["box"] = set(X[:, 0])
+            return super().fit(X, y)
+
+    seen: dict[str, set] = {}
+    x, y = world(200, noise=2)
+    monkeypatch.setattr(made, "_black_box", lambda name, seed: Box(20, random_state=seed))
+    found = explain_table(pd.DataFrame(x, columns=list("abcdefgh")).assign(y=y), "y")
+    seen["surrogate"] = set(found.explainer.rows_[:, 0])
+    held = {x[row, 0] for row, _ in found.examples}
+    assert not seen["box"] & seen["surrogate"] and not held & (seen["box"] | seen["surrogate"])
+    assert found.train_rows + found.fresh_rows + found.test_rows == 200
+
+
+def test_one_lucky_draw_of_random_columns_is_in_the_interval() -> None:
+    """Ten draws that differ widely: the interval is wider than that of their mean."""
+    x, y = world(400, noise=2)
+    frame = pd.DataFrame(x, columns=list("abcdefgh")).assign(y=y)
+    gain = explain_table(frame, "y", k=2).gains[0]
+    assert gain.difference > 0 and gain.low < 0  # one draw in four holds the column that decides
 
 
 def test_noise_alone_is_told_plainly() -> None:

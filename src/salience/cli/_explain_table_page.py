@@ -27,6 +27,7 @@ def write_page(found: TableExplanation, name: str, path: Path) -> None:
             "black box accuracy": found.accuracy_black_box, "surrogate accuracy": found.accuracy_surrogate,
             "commonest class": found.commonest, "columns used": len(found.explainer.columns_),
             "of columns": len(found.explainer.names_), "counterfactuals flip": found.flips,
+            "flip after a search": found.flips_searched,
         }),
     ]  # fmt: skip
     blocks += _fidelity(report, figures, found)
@@ -36,7 +37,10 @@ def write_page(found: TableExplanation, name: str, path: Path) -> None:
     blocks += [report.heading("Single rows"), report.documents(rows, "Held-out rows, explained one by one")]
     if found.notes:
         blocks += [report.heading("Notes"), *(report.text(note) for note in found.notes)]
-    subtitle = f"{found.black_box} trained on {found.train_rows:,} rows, explained on {found.test_rows:,} held-out rows"
+    subtitle = (
+        f"{found.black_box} trained on {found.train_rows:,} rows, explained by {found.fresh_rows:,} others, measured on "
+        f"{found.test_rows:,} held-out rows"
+    )
     report.page(f"Explained: {name}", blocks, path=path, subtitle=subtitle)
 
 
@@ -133,9 +137,10 @@ def _example(found: TableExplanation, row: int, e: Explanation) -> tuple[str, st
     strongest = sorted(e.attributions.items(), key=lambda item: -abs(item[1]))[:6]
     lines += ["", "probability lost when the value comes from other rows:"]
     lines += [f"  {name:<32} {value:+.3f}" for name, value in strongest]
-    for other in e.counterfactuals[:1]:
+    for other in [*e.counterfactuals[:1], *([e.extended] if e.extended else [])]:
         what = f"the black box then says {found.classes[other.answer]}" if other.flips else "the black box stays"
-        lines += ["", f"to meet another rule ({found.classes[other.rule.label]}); {what}:"]
+        why = "further columns, searched for a flip" if other is e.extended else "to meet another rule"
+        lines += ["", f"{why} ({found.classes[other.rule.label]}); {what}:"]
         lines += [f"  {name:<32} {now:.4g} -> {value:.4g}" for name, (now, value) in list(other.changes.items())[:10]]
         if len(other.changes) > 10:
             lines.append(f"  … {len(other.changes) - 10} more columns")

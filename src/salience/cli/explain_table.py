@@ -53,12 +53,14 @@ def table(
 ) -> None:  # fmt: skip
     """Explain a black box on a wide table: the columns it uses, a small tree that mimics it, rules, counterfactuals.
 
-    A model is trained on part of the table, probed by shuffling its columns, and mimicked by a decision tree on the few
-    that matter. First printed: on how many held-out rows the tree agrees with the model, against trees on random columns
+    A model is trained on part of the table, probed on rows that it has not seen by shuffling their columns, and mimicked
+    there by a decision tree on the few that matter. First printed: on how many held-out rows the tree agrees with the model, against trees on random columns
     and on the columns with the largest F statistic.
     """
     from salience.io import Output
 
+    if seed < 0:
+        raise InputError(f"--seed must be 0 or larger, not {seed}")
     page = report or (Path(f"{out}.report.html") if out else None)
     _check_names(data, out, page, overwrite)
     found = _run(data, label, ignore or [], black_box.value, k, max_depth, min_support, test, examples, seed)
@@ -136,7 +138,10 @@ def _print(found: TableExplanation, out: Path | None, page: Path | None, as_json
         say("  " + rule.text(found.classes))
     if len(found.rules) > 8:
         say(f"  … {len(found.rules) - 8} more rules")
-    say(f"\ncounterfactuals that flip the black box: {100 * found.flips:.0f} %")
+    say(
+        f"\nnearest counterfactuals that flip the black box: {100 * found.flips:.0f} % "
+        f"({100 * found.flips_searched:.0f} % once further columns are changed until it flips)"
+    )
     for note in found.notes:
         say(f"note: {note}", err=True)
     if out is not None:

@@ -86,6 +86,8 @@ def labels(
         raise InputError("give either --prob or --assume-random")
     if fixed_effect and model is not Model.felm:
         raise InputError("--fixed-effect belongs to --model felm")
+    if seed < 0:
+        raise InputError(f"--seed must be 0 or larger, not {seed}")
     page = report or (Path(f"{out}.report.html") if out else None)
     _check_names(data, out, page, overwrite)
     found = _run(
