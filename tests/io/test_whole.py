@@ -59,13 +59,13 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("a,b\n")
     (tmp_path / "nothing.csv").write_text("")
     for name, error, words in (
-        ("t.txt", InputError, "unknown ending"), ("none.csv", InputError, "not a file"),
-        ("torn.parquet", DataError, "cannot be read"), ("twice.csv", DataError, "more than once"),
-        ("nothing.csv", DataError, "cannot be read"), ("empty.csv", NothingToDo, "no rows"),
+        ("t.txt", InputError, "is no table"), ("none.csv", InputError, "does not exist"),
+        ("torn.parquet", DataError, "cannot be read"), ("twice.csv", DataError, "2 columns called 'a'"),
+        ("nothing.csv", NothingToDo, "nothing to read"), ("empty.csv", NothingToDo, "no rows"),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             whole_table(tmp_path / name)
-    with pytest.raises(InputError, match="not a int"):
+    with pytest.raises(InputError):
         whole_table(3)
     with pytest.raises(DataError):
         whole_table({"a": [1], "b": [1, 2]})
@@ -73,3 +73,28 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         numbers_of(whole_table(COLUMNS), "w")
     with pytest.raises(InputError, match="nearest"):
         numbers_of(whole_table({"amount": [1]}), "amoun")
+
+
+def test_a_ragged_line_is_left_out_and_told(tmp_path: Path) -> None:
+    """As `rank table` does: one bad record in 200 is set aside, one in two stops."""
+    lines = [f"{i},w{i}" for i in range(200)]
+    (tmp_path / "t.csv").write_text("\n".join(["n,w", *lines[:50], "1,2,3", *lines[50:]]) + "\n")
+    with pytest.warns(UserWarning, match="1 unreadable records were left out"):
+        table = whole_table(tmp_path / "t.csv")
+    np.testing.assert_array_equal(numbers_of(table, "n"), np.arange(200))
+    (tmp_path / "t.csv").write_text("n,w\n1,a\n1,2,3\n")
+    with pytest.raises(DataError, match="1 of 2 records"):
+        whole_table(tmp_path / "t.csv")
+
+
+def test_missing_values_of_a_file_are_those_of_the_reader(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("i,f,w,t,v\n1,1.5,NA,true,\n,,,,\n3,2,x,false,\n")
+    table = whole_table(tmp_path / "t.csv")
+    assert [str(table[name].type) for name in "iftv"] == ["int64", "double", "bool", "null"]
+    assert words_of(table, "w").tolist() == ["NA", None, "x"] and words_of(table, "i").tolist() == ["1", None, "3"]
+
+
+def test_lists_are_no_words() -> None:
+    table = whole_table({"l": [[1, 2], [3]]})
+    with pytest.raises(DataError, match="holds values of the kind list"):
+        words_of(table, "l")

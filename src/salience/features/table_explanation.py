@@ -16,7 +16,7 @@ from sklearn.feature_selection import f_classif
 from salience.errors import DataError, InputError
 from salience.features.blackbox_surrogate.explainer import Explanation, HighDimExplainer
 from salience.features.blackbox_surrogate.rules import Rule, measured
-from salience.io.whole import column_of, is_text, numbers_of, whole_table, words_of
+from salience.io.whole import column_of, is_text, numbers_of, read_whole, words_of
 from salience.measure import difference_over_draws
 
 BLACK_BOXES = ("forest", "boosting", "attention", "autoencoder")
@@ -120,7 +120,7 @@ def labelled(data: Any, label: str) -> tuple[pa.Table, np.ndarray, list[str]]:
     InputError, DataError
         The column does not exist, or has one class or too many.
     """
-    table, notes = whole_table(data), []
+    table, notes = read_whole(data)
     words = words_of(table, label, "label column")
     known = np.array([word is not None for word in words])
     if not known.all():

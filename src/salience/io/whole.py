@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from salience.errors import DataError, InputError, NothingToDo, nearest
+from salience.io.tables import TableReader, as_numbers
+from salience.io.tally import Tally
+
+MAX_BAD = 0.01  # largest share of unreadable records to put up with
 
 
 def whole_table(source: Any) -> pa.Table:
@@ -23,54 +25,70 @@ def whole_table(source: Any) -> pa.Table:
     Parameters
     ----------
     source : path, or table
-        A CSV file (with a header, also .gz and .zst), a Parquet file, a mapping of column name to values, or anything
-        with the Arrow stream protocol: pandas and polars frames, Arrow tables, `datasets`.
+        Whatever `TableReader` reads, or a mapping of column name to values. A CSV file's columns become whole numbers,
+        numbers or truth values where every value is one; "" is a missing value. Up to 1 % of unreadable records are
+        left out, and a warning says so.
 
     Raises
     ------
     InputError
         The file does not exist, or `source` is nothing of the kind.
     DataError
-        The file cannot be read, or two columns have one name.
+        The file or more than 1 % of its records cannot be read, or two columns have one name.
     NothingToDo
         It has no rows.
     """
-    table = _read(Path(source)) if isinstance(source, str | os.PathLike) else _arrow(source)
-    twice = {name for name in table.column_names if table.column_names.count(name) > 1}
-    if twice:
-        raise DataError(f"column {sorted(twice)[0]!r} occurs more than once")
-    if not table.num_rows:
-        raise NothingToDo(f"{source if isinstance(source, str | os.PathLike) else 'the table'} has no rows")
+    table, notes = read_whole(source)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     return table
 
 
-def _read(path: Path) -> pa.Table:
-    if not path.is_file():
-        raise InputError(f"{path} is not a file")
-    endings = [ending.lower() for ending in path.suffixes]
+def read_whole(source: Any) -> tuple[pa.Table, list[str]]:
+    """As `whole_table`, with what was left out as notes in place of warnings."""
+    if isinstance(source, Mapping):
+        try:
+            source = pa.table({str(name): pa.array(values, from_pandas=True) for name, values in source.items()})
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise DataError(f"the table cannot be read: {error}") from error
+    reader, tally, parts = TableReader(source), Tally(), []
+    for batch in reader:
+        tally.add(batch, 1.0)
+        table = batch.table
+        parts.append(table.cast(_widest(table.schema)) if batch.source.format == "csv" else table)
+    if tally.bad:
+        tally.check(MAX_BAD, "table")
+    if not tally.documents:
+        raise NothingToDo(f"{source if isinstance(source, str | os.PathLike) else 'the table'} has no rows")
     try:
-        if endings[-1:] == [".parquet"]:
-            return pq.read_table(path, page_checksum_verification=True, partitioning=None)
-        if ".csv" in endings[-2:]:
-            options = pa.csv.ConvertOptions(strings_can_be_null=True)
-            return pa.csv.read_csv(path, convert_options=options)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    raise InputError(f"{path} has an unknown ending; use .csv, .csv.gz or .parquet")
+        table = pa.concat_tables(parts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"the files of the table do not fit together: {error}") from error
+    if all(part.format == "csv" for part in reader.sources):
+        table = pa.table({name: _typed(table[name]) for name in table.column_names})
+    if not tally.bad:
+        return table, []
+    file, first = tally.bad[0]
+    count = len(tally.bad)
+    return table, [f"{count:,} unreadable records were left out, the first in {file} at {first.offset}: {first.reason}"]
 
 
-def _arrow(source: Any) -> pa.Table:
-    if isinstance(source, pa.Table):
-        return source
-    try:
-        if isinstance(source, Mapping):
-            return pa.table({str(name): pa.array(values, from_pandas=True) for name, values in source.items()})
-        if hasattr(source, "__arrow_c_stream__"):
-            table = pa.table(source)
-            return table.drop_columns([n for n in table.column_names if n.startswith("__index_level_")])
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"the table cannot be read: {error}") from error
-    raise InputError(f"a table is a file, a mapping of columns or a data frame, not a {type(source).__name__}")
+def _widest(schema: pa.Schema) -> pa.Schema:
+    return pa.schema([(name, pa.large_string()) for name in schema.names])
+
+
+def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column of a CSV file as whole numbers, numbers or truth values if all of its values are; else as text."""
+    column = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), pa.scalar(None, column.type), column)
+    if column.null_count == len(column):
+        return pa.chunked_array([pa.nulls(len(column))])
+    for kind in (pa.int64(), pa.bool_()):
+        try:
+            return pc.utf8_trim_whitespace(column).cast(kind)
+        except pa.ArrowInvalid:
+            continue
+    numbers = as_numbers(column)
+    return column if numbers is None else pa.chunked_array([pa.array(numbers, from_pandas=True)])
 
 
 def column_of(table: pa.Table, name: str, what: str = "column") -> pa.ChunkedArray:
@@ -107,11 +125,20 @@ def numbers_of(table: pa.Table, name: str, what: str = "column") -> Float[np.nda
 
 
 def words_of(table: pa.Table, name: str, what: str = "column") -> np.ndarray:
-    """A column as strings, None where a value is missing (or NaN); whole numbers come without a decimal point."""
+    """A column as strings, None where a value is missing (or NaN); whole numbers come without a decimal point.
+
+    Raises
+    ------
+    DataError
+        It holds lists or other values that are no words.
+    """
     column = column_of(table, name, what)
     if pa.types.is_floating(column.type):
         values = column.to_numpy(zero_copy_only=False)
         return np.array([None if v != v else str(int(v)) if float(v).is_integer() else str(v) for v in values], object)
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
-    return np.array(pc.cast(column, pa.large_string()).to_pylist(), dtype=object)
+    try:
+        return np.array(pc.cast(column, pa.large_string()).to_pylist(), dtype=object)
+    except pa.ArrowException:
+        raise DataError(f"{what} {name!r} holds values of the kind {column.type}; words or numbers are needed") from None

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.linear_model import LinearRegression
 
 from salience.errors import DataError, InputError
-from salience.io.whole import column_of, is_text, numbers_of, whole_table, words_of
+from salience.io.whole import column_of, is_text, numbers_of, read_whole, words_of
 from salience.measure import bootstrap_interval
 from salience.trust.dsl.estimate import DSLResult
 from salience.trust.dsl.formula import parse
@@ -101,11 +101,12 @@ class LabelsCheck:
     alpha: float
     rows_read: int
     settings: dict[str, Any]
+    left_out: list[str]
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know."""
-        return list(dict.fromkeys(note for part in self.parts for note in part.result.notes))
+        return [*self.left_out, *dict.fromkeys(note for part in self.parts for note in part.result.notes)]
 
     @property
     def equation(self) -> str:
@@ -165,7 +166,7 @@ def check_labels_of(
     if not 0 < alpha < 1:
         raise InputError(f"alpha must lie between 0 and 1, not {alpha}")
     tell = progress or (lambda message: None)
-    table = whole_table(data)
+    table, left_out = read_whole(data)
     for name in gold:
         column_of(table, name, "gold column")
     if formula is None:
@@ -194,7 +195,7 @@ def check_labels_of(
         parts.append(_part(table, what, label, *judged, settings.get("prob"), result, random_state))
     recorded = {"formula": formula, "model": chosen, "gold": list(gold), "predicted": list(predicted),
                 "learner": learner, "random_state": random_state, **settings}  # fmt: skip
-    return LabelsCheck(parts, alpha, table.num_rows, recorded)
+    return LabelsCheck(parts, alpha, table.num_rows, recorded, left_out)
 
 
 def _binary(table, outcome: str, gold: Sequence[str]) -> bool:
