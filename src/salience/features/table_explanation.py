@@ -244,8 +244,9 @@ def explain_table(
     commonest = Counter(labels[train]).most_common(1)[0][0]
     truth = labels[held]
     return TableExplanation(
-        explainer, list(map(str, model.classes_)), black_box, len(own), len(fresh), len(held), found["agreement"],
-        found["r2"], float((model.classes_[answers] == truth).mean()), float((model.classes_[mimicked] == truth).mean()),
+        explainer, list(map(str, model.classes_)), black_box, len(own), len(fresh), len(held),
+        found["agreement"], found["r2"],
+        float((model.classes_[answers] == truth).mean()), float((model.classes_[mimicked] == truth).mean()),
         float((truth == commonest).mean()), _gains(explainer, rows[held], answers, rows[train], labels[train], rng),
         sorted(again, key=lambda pair: -pair[1].support), explained[:examples], float(np.mean(nearest)),
         float(np.mean([flips or e.extended is not None for flips, (_, e) in zip(nearest, explained)])), notes,

@@ -141,4 +141,6 @@ def words_of(table: pa.Table, name: str, what: str = "column") -> np.ndarray:
     try:
         return np.array(pc.cast(column, pa.large_string()).to_pylist(), dtype=object)
     except pa.ArrowException:
-        raise DataError(f"{what} {name!r} holds values of the kind {column.type}; words or numbers are needed") from None
+        raise DataError(
+            f"{what} {name!r} holds values of the kind {column.type}; words or numbers are needed"
+        ) from None

@@ -34,7 +34,11 @@ class Condition:
 
     def __str__(self) -> str:
         digits = 4
-        while digits < 17 and np.isfinite([self.low, self.high]).all() and f"{self.low:.{digits}g}" == f"{self.high:.{digits}g}":
+        while (
+            digits < 17
+            and np.isfinite([self.low, self.high]).all()
+            and f"{self.low:.{digits}g}" == f"{self.high:.{digits}g}"
+        ):
             digits += 1  # until the ends can be told apart
         low, high = f"{self.low:.{digits}g}", f"{self.high:.{digits}g}"
         if np.isinf(self.low):

@@ -121,7 +121,8 @@ class Regressors:
             self._columns[name] = words_of(table, name) if words else numbers_of(table, name)
         self.whole = np.ones(table.num_rows, dtype=bool)
         for values in self._columns.values():
-            self.whole &= np.isfinite(values) if values.dtype == np.float64 else np.not_equal(values, None).astype(bool)
+            there = np.isfinite(values) if values.dtype == np.float64 else [word is not None for word in values]
+            self.whole &= np.array(there, dtype=bool)
 
     def keep(self, rows: Bool[np.ndarray, " n"]) -> None:
         """Build the design of the rows where a mask holds: a category that occurs elsewhere only gets no column.

@@ -148,7 +148,8 @@ def prevalence(
     if model_labels.shape != gold.shape or gold.ndim != 1:
         raise InputError(f"Q and Y must have one value for each row, not shapes {model_labels.shape} and {gold.shape}")
     missing, unsaid = pd.isna(gold), pd.isna(model_labels)
-    gold, model_labels = np.where(missing, None, gold), np.where(unsaid, None, model_labels)  # pd.NA equals nothing
+    gold, model_labels = gold.copy(), model_labels.copy()
+    gold[missing], model_labels[unsaid] = None, None  # pd.NA cannot be compared
     if missing.all():
         raise DataError("no row has gold labels: label a random sample by hand first (see sample_for_labeling)")
     every = sorted({value for value in gold[~missing]}, key=str) if labels is None else list(labels)
