@@ -30,7 +30,28 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 # How each estimator is fitted on something small, and what it chooses then: entry -> (parameters, fit, result).
+TABLE = np.random.default_rng(0).normal(size=(80, 4))
+LABELS = (TABLE[:, 0] > 0).astype(float)
+GOLD = np.where(np.arange(80) % 2 == 0, LABELS, np.nan)
+
+
+def first_or_second(rows: np.ndarray) -> np.ndarray:
+    """A black box that two columns decide alike, so that chance decides their order."""
+    chance = 1 / (1 + np.exp(-3 * (rows[:, 0] + rows[:, 1])))
+    return np.column_stack([1 - chance, chance])
+
+
 FITS = {
+    "salience.trust:DSL": (
+        {"model": "lm", "splits": 2, "assume_random": True},
+        lambda model: model.fit(TABLE[:, 1:2], GOLD, LABELS, W=TABLE),
+        lambda model: model.conf_int(),
+    ),
+    "salience.features:HighDimExplainer": (
+        {"black_box": first_or_second, "k": 2, "probe_rows": 40},
+        lambda model: model.fit(TABLE),
+        lambda model: (model.predict(TABLE), model.importance_.scores["sensitivity"])[1],
+    ),
     "salience.data:DSIR": (
         {"num_buckets": 200, "min_tokens": 1, "workers": 1, "smoothing": 1.0},
         lambda model: model.fit(RAW, TARGET),

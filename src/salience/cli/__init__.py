@@ -15,6 +15,7 @@ from salience.cli import (
     compress_delta,
     compress_sparsify,
     explain_saliency,
+    explain_table,
     merge_delta,
     merge_permute,
     papers,
@@ -22,6 +23,7 @@ from salience.cli import (
     reproduce,
     select_text,
     verbs,
+    verify_labels,
     verify_output,
     verify_saliency,
 )
@@ -42,10 +44,12 @@ _COMMANDS = (
     compress_delta,
     compress_sparsify,
     explain_saliency,
+    explain_table,
     merge_delta,
     merge_permute,
     rank_table,
     select_text,
+    verify_labels,
     verify_output,
     verify_saliency,
 )

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from salience.features.bee.explain import BEE, BEEResult
     from salience.features.bee.families import baseline_families
     from salience.features.bee.path import path_map
+    from salience.features.blackbox_surrogate.explainer import Explanation, HighDimExplainer, fidelity_of
+    from salience.features.blackbox_surrogate.networks import (
+        CAEClassifier,
+        CodeClassifier,
+        ConvAutoencoder,
+        SANClassifier,
+        SelfAttentionNet,
+    )
+    from salience.features.blackbox_surrogate.probe import Importance, comprehensiveness, probe_importance, sufficiency
+    from salience.features.blackbox_surrogate.rules import Condition, Counterfactual, Rule
     from salience.features.map_measures import HIGHER_IS_BETTER, perturbation_curve, score_maps
     from salience.features.normgrad.checks import (
         ClassSensitivity,
@@ -44,6 +54,15 @@ _WHERE: dict[str, str] = {
     "BEE": "bee.explain", "BEEResult": "bee.explain",
     "baseline_families": "bee.families",
     "path_map": "bee.path",
+    "Explanation": "blackbox_surrogate.explainer", "HighDimExplainer": "blackbox_surrogate.explainer",
+    "fidelity_of": "blackbox_surrogate.explainer",
+    "CAEClassifier": "blackbox_surrogate.networks", "CodeClassifier": "blackbox_surrogate.networks",
+    "ConvAutoencoder": "blackbox_surrogate.networks", "SANClassifier": "blackbox_surrogate.networks",
+    "SelfAttentionNet": "blackbox_surrogate.networks",
+    "Importance": "blackbox_surrogate.probe", "comprehensiveness": "blackbox_surrogate.probe",
+    "probe_importance": "blackbox_surrogate.probe", "sufficiency": "blackbox_surrogate.probe",
+    "Condition": "blackbox_surrogate.rules", "Counterfactual": "blackbox_surrogate.rules",
+    "Rule": "blackbox_surrogate.rules",
     "HIGHER_IS_BETTER": "map_measures", "perturbation_curve": "map_measures", "score_maps": "map_measures",
     "ClassSensitivity": "normgrad.checks", "PointingGame": "normgrad.checks", "Randomised": "normgrad.checks",
     "class_sensitivity": "normgrad.checks", "randomization_check": "normgrad.checks",
@@ -71,12 +90,20 @@ __all__ = [
     "RISE",
     "BEEResult",
     "BenchResult",
+    "CAEClassifier",
     "CentreMap",
     "ClassSensitivity",
+    "CodeClassifier",
+    "Condition",
+    "ConvAutoencoder",
+    "Counterfactual",
     "EdgeMap",
     "ExplainabilityBench",
+    "Explanation",
     "GradCAM",
     "Gradient",
+    "HighDimExplainer",
+    "Importance",
     "LayerSaliency",
     "LinearApproximation",
     "LogisticThompson",
@@ -90,6 +117,9 @@ __all__ = [
     "RandomSmoothMap",
     "Randomised",
     "RankReport",
+    "Rule",
+    "SANClassifier",
+    "SelfAttentionNet",
     "TrustReport",
     "adversarial_fit",
     "attribute_batches",
@@ -99,8 +129,10 @@ __all__ = [
     "better_than_control",
     "ca_mutual_info",
     "class_sensitivity",
+    "comprehensiveness",
     "default_layers",
     "energy_inside",
+    "fidelity_of",
     "fuse",
     "localised",
     "normalise",
@@ -108,10 +140,12 @@ __all__ = [
     "perturbation_curve",
     "pgd_attack",
     "pointing",
+    "probe_importance",
     "randomization_check",
     "rank_table",
     "score_maps",
     "spatial_layers",
+    "sufficiency",
     "trust_report",
     "weight_layers",
 ]
