@@ -104,6 +104,7 @@ def rank_table(
             rows = sorted_by_key(rows, WINDOW_BATCHES * batch_rows, reader.bytes)
         for window in windows(rows, WINDOW_BATCHES * batch_rows):
             run.add(window)
+            del window  # its memory is the next one's
             if progress is not None:
                 progress(run.seen)
         kept.tally.check(max_bad, "table")

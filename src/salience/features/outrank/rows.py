@@ -176,7 +176,7 @@ class KeyedSample:
             return
         self._parts.append(rows.take(places))
         self._count += len(places)
-        if self._count > 2 * self._size:
+        if self._count > 1.25 * self._size:
             self._parts = [self.rows()]
             self._count = self._size
         if self._count >= self._size:
