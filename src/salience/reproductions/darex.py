@@ -128,7 +128,7 @@ def reproduce(run: Run) -> Outcome:
             ("DARE", "dare", {}),
             ("DAREx 1/q_v", "darex", {"rescale": "global", "score": True}),
         ):
-            other = pruned(run, world, plain, way, rate=rate, **options)
+            other = pruned(run, world, plain, way, rate=rate, **options)  # type: ignore[arg-type]
             figures[f"accuracy {name} at {rate}"] = float(other.correct.mean())
     return Outcome(
         claim="at extreme pruning rates a searched rescaling factor keeps more of the fine-tuned accuracy than DARE's, "
