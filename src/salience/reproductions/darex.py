@@ -106,7 +106,7 @@ def reproduce(run: Run) -> Outcome:
         **{f"accuracy {name}": float(way.correct.mean()) for name, way in ways.items()},
         **{f"accuracy AdamR {strength} and DARE": float(way.correct.mean()) for strength, way in regularised.items()},
         **{
-            f"eta by {by}": float(ways[f"DAREx per layer {way}"].eta)
+            f"eta by {by}": float(ways[f"DAREx per layer {way}"].eta)  # type: ignore[arg-type]
             for by, way in (("validation", "1/q_v"), ("outputs", "1/q_e"))
         },
         "searches for eta that ended on the edge of their range": float(
