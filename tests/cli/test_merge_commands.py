@@ -359,3 +359,73 @@ def test_a_delta_file_that_could_not_be_used_is_refused_at_once(run, tmp_path):
     )
     assert code == 0 and "classifier" in err and "kept as fine-tuned" in err.replace("\n", " "), err
     load(tmp_path / "dir")
+
+
+def test_a_dry_run_checks_and_writes_nothing(run, models):
+    before = sorted(path.name for path in models.iterdir())
+    size = (models / "one" / "model.safetensors").stat().st_size
+    code, out, err = run(
+        "compress",
+        "delta",
+        models / "base",
+        models / "one",
+        "--rescale",
+        "1",
+        "--dry-run",
+        "--json",
+        "-o",
+        models / "x",
+    )
+    assert code == 0, err
+    assert json.loads(out)["bytes to read"] == 2 * size and json.loads(out)["tensors to prune"] > 6
+    code, out, err = run("merge", "delta", models / "one", models / "two", "--dry-run", "-o", models / "x")
+    assert code == 0 and "nothing written" in out, err
+    (models / "two" / "config.json").write_text('{"model_type": "llama"}')
+    for command in (["merge", "delta", models / "one"], ["compress", "delta", models / "base", "--rescale", "1"]):
+        code, _, err = run(*command, models / "two", "--dry-run", "-o", models / "x")
+        assert code == 3 and "architecture" in err
+    assert sorted(path.name for path in models.iterdir()) == before
+
+
+def test_pictures_are_prepared_as_told_for_deltas_too(run, networks, tmp_path):
+    for seed, name in enumerate(("base", "one", "two")):
+        model = build("vit")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(
+                    0.01 * seed * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                )
+        model.save_pretrained(tmp_path / name)
+    options = ["--evaluate", networks / "pictures", "--image-size", "16", "--image-mean", "0.5,0.5,0.5", "--image-std"]
+    for number, command in enumerate(
+        (
+            ["compress", "delta", tmp_path / "base", tmp_path / "one", "--method", "dare", "--rate", "0.5"],
+            ["merge", "delta", tmp_path / "one", tmp_path / "two"],
+        )
+    ):
+        assert run(*command, *options, "a", "-o", tmp_path / f"out{number}")[0] == 2
+        code, out, err = run(*command, *options, "0.5,0.5,0.5", "-o", tmp_path / f"out{number}")
+        assert code == 0 and "accuracy" in out, err
+
+
+def test_an_interrupted_run_leaves_nothing(run, models, monkeypatch):
+    from salience.weights.darex import measured
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    before = sorted(path.name for path in models.iterdir())
+    monkeypatch.setattr(measured, "compare", interrupt)
+    command = [
+        "merge",
+        "delta",
+        models / "one",
+        models / "two",
+        "--evaluate",
+        models / "text.jsonl",
+        "-o",
+        models / "x",
+    ]
+    assert run(*command)[0] == 130
+    assert sorted(path.name for path in models.iterdir()) == before
+    monkeypatch.undo()

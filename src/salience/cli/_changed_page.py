@@ -97,6 +97,16 @@ def delta_blocks(result: Any) -> list[Any]:
     return blocks
 
 
+def plan(facts: Mapping[str, object], as_json: bool) -> None:
+    """What ``--dry-run`` prints."""
+    if as_json:
+        typer.echo(json.dumps({"dry_run": True, **facts}, default=str))
+        return
+    for name, value in facts.items():
+        say(f"{name}: {value}")
+    say("nothing written (--dry-run)")
+
+
 def progress(as_json: bool) -> Any:
     """A spinner on the error output that names the present step; use as a context manager."""
     from rich.console import Console

@@ -27,6 +27,9 @@ LowerIsBetter = Annotated[
     bool, typer.Option("--lower-is-better", help="Of the figure that the command prints.", rich_help_panel=_PANEL)
 ]
 Limit = Annotated[int, typer.Option("--limit", help="Examples to measure on at most.", rich_help_panel=_PANEL)]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the models and say what would be read and written; write nothing.")
+]
 Arch = Annotated[
     str | None,
     typer.Option("--arch", help="package.module:factory that builds the network of a FILE.safetensors.", show_default=False),

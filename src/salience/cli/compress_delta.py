@@ -52,9 +52,13 @@ def delta(
     evaluate_command: m.EvaluateCommand = None,
     lower_is_better: m.LowerIsBetter = False,
     limit: m.Limit = 1000,
+    image_size: m.ImageSize = None,
+    image_mean: m.ImageMean = None,
+    image_std: m.ImageStd = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    dry_run: m.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Keep a small share of what fine-tuning changed, and still have the fine-tuned model.
@@ -69,7 +73,16 @@ def delta(
     if method is not Method.darex and (rescale != "auto" or selection is not Selection.auto):
         raise InputError("--rescale and --selection belong to --method darex alone: leave them out")
     page = shown.check_paths(out, report, overwrite)
-    evaluation = m.evaluation_of(evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit)
+    evaluation = m.evaluation_of(
+        evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit, image_size=image_size,
+        image_mean=image_mean, image_std=image_std,
+    )  # fmt: skip
+    if dry_run:
+        from salience.cli._delta_plan import compress_plan
+
+        facts = compress_plan(base, tuned, out, evaluation, _names(exclude), overwrite)
+        shown.plan(facts, as_json)
+        return
     with shown.progress(as_json) as status:
         result = compress_delta(
             base, tuned, out, evaluation=evaluation, method=method.value, rate=rate, rescale=_number(rescale),

@@ -44,9 +44,13 @@ def delta(
     evaluate_command: m.EvaluateCommand = None,
     lower_is_better: m.LowerIsBetter = False,
     limit: m.Limit = 1000,
+    image_size: m.ImageSize = None,
+    image_mean: m.ImageMean = None,
+    image_std: m.ImageStd = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    dry_run: m.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Put several fine-tuned models of one base into one.
@@ -64,7 +68,15 @@ def delta(
     if chosen is Method.dare and q is not None:
         raise InputError("--rescale belongs to --method darex: dare divides by 1 - rate")
     page = shown.check_paths(out, report, overwrite)
-    evaluation = m.evaluation_of(evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit)
+    evaluation = m.evaluation_of(
+        evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit, image_size=image_size,
+        image_mean=image_mean, image_std=image_std,
+    )  # fmt: skip
+    if dry_run:
+        from salience.cli._delta_plan import merge_plan
+
+        shown.plan(merge_plan(models, out, evaluation, base, overwrite), as_json)
+        return
     with shown.progress(as_json) as status:
         result = merge_deltas(
             models, out, evaluation=evaluation, base=base, method=chosen.value, weights=_weights(weights),
