@@ -67,7 +67,10 @@ def test_compress_delta_measures_itself_and_prints_that_first(run, models):
     )  # fmt: skip
     assert code == 0, err
     first = out.splitlines()[0]
-    assert first.startswith("Darex is ") and "dare here: bits per token" in first and "95 % interval" in first
+    assert first.startswith("Darex is ") and "here: bits per token" in first and "95 % interval" in first
+    rows = [line.split() for line in out.splitlines() if line.split()]
+    scores = {row[0]: float(row[1]) for row in rows if row[0] in ("dare", "magnitude")}
+    assert f"{min(('dare', 'magnitude'), key=scores.get)} here" in first  # the strongest rival decides
     for name in ("fine-tuned", "darex", "dare", "magnitude", "base"):
         assert any(line.startswith(name) for line in out.splitlines()), name
     assert "darex: one q for all layers by validation" in out
@@ -239,3 +242,120 @@ def test_overwrite_replaces(run, models):
     merged, two = load(models / "out").model, load(models / "two").model
     for name, parameter in two.named_parameters():
         torch.testing.assert_close(merged.get_parameter(name), parameter)
+
+
+def test_only_an_earlier_output_is_replaced(run, models, networks, tmp_path):
+    """A directory of the user's own survives --overwrite, and nothing is computed before it is refused."""
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    build("gpt2").save_pretrained(tmp_path / "other")  # a model, but not one that we wrote
+    before = {name: directory_hash(tmp_path / name) for name in ("mine", "other")}
+    for command in (
+        ["compress", "delta", models / "base", models / "one", "--rescale", "1"],
+        ["merge", "delta", models / "one", models / "two"],
+        ["merge", "permute", models / "one", models / "two", "--input-shape", "4"],
+    ):
+        for name in before:
+            code, _, err = run(*command, "--overwrite", "-o", tmp_path / name)
+            assert code == 2 and "not replaced" in err.replace("\n", " "), (command, err)
+    assert {name: directory_hash(tmp_path / name) for name in before} == before
+
+
+@pytest.mark.parametrize("name", ["base", "one", "two", "one/inside", ".", "delta.safetensors"])
+def test_an_input_is_never_the_output(run, models, name):
+    file = models / "delta.safetensors"
+    code, _, err = run(
+        "compress", "delta", models / "base", models / "two", "--rate", "0", "--method", "dare", "-o", file
+    )
+    assert code == 0, err
+    before = {each: directory_hash(models / each) for each in ("base", "one", "two")} | {"file": file.read_bytes()}
+    for command in (
+        ["compress", "delta", models / "base", models / "one", "--rescale", "1"],
+        ["merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "task"],
+        ["merge", "delta", models / "one", file, "--base", models / "base", "--method", "task"],
+        ["merge", "permute", models / "one", models / "two", models / "base", "--evaluate", models / "text.jsonl"],
+    ):
+        if command[1] == "delta" and command[0] == "compress" and name in ("two", "delta.safetensors"):
+            continue
+        if command[1] == "permute" and name == "delta.safetensors":
+            continue
+        if file in command and name == "two":
+            continue
+        code, _, err = run(*command, "--overwrite", "-o", models / name)
+        assert code == 2 and "Traceback" not in err, (command, err)
+    assert {each: directory_hash(models / each) for each in ("base", "one", "two")} | {
+        "file": file.read_bytes()
+    } == before
+
+
+def test_outputs_have_a_manifest_that_holds(run, models):
+    from salience.io import verify_output
+
+    assert run("merge", "delta", models / "one", models / "two", "-o", models / "out")[0] == 0
+    verify_output(models / "out")
+    again = ["merge", "delta", models / "out", models / "two", "-o", models / "again"]  # an output as an input
+    assert run(*again)[0] == 0
+    verify_output(models / "again")
+    load(models / "again")
+    pruned = ["compress", "delta", models / "base", models / "again", "--rescale", "1", "-o", models / "pruned"]
+    assert run(*pruned, "--evaluate", models / "text.jsonl")[0] == 0
+    verify_output(models / "pruned")
+
+
+def test_an_input_shape_that_the_model_does_not_take(run, networks, tmp_path):
+    for name in ("one", "two"):
+        build("vit").save_pretrained(tmp_path / name)
+    code, _, err = run(
+        "merge", "permute", tmp_path / "one", tmp_path / "two", "--input-shape", "4", "-o", tmp_path / "x"
+    )
+    assert code == 2 and "does not take shape (2, 4)" in err.replace("\n", " ") and "Traceback" not in err
+
+
+def test_a_merge_is_judged_on_other_masks_than_it_was_chosen_on(run, models, monkeypatch):
+    from salience.weights.darex import measured
+
+    seen: dict[str, set[int]] = {}
+    original = measured.merge_directories
+
+    def spy(*arguments, seed, **options):
+        seen.setdefault(Path(arguments[1]).name, set()).add(seed)
+        return original(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(measured, "merge_directories", spy)
+    score = models / "score.py"
+    score.write_text("print(1)\n")
+    for options in (
+        ["--evaluate", models / "text.jsonl"],
+        ["--evaluate-command", f"{sys.executable} {score} {{model}}"],
+    ):
+        seen.clear()
+        code, _, err = run(
+            "merge", "delta", models / "one", models / "two", "--base", models / "base", "--method", "darex", "--rate",
+            "0.5", "--overwrite", "-o", models / "out", *options,
+        )  # fmt: skip
+        assert code == 0, err
+        assert len(seen["candidate"]) == 1 and seen["candidate"].isdisjoint(seen["merged"] | seen["dare"])
+    assert "flatters" in err
+
+
+def test_a_delta_file_that_could_not_be_used_is_refused_at_once(run, tmp_path):
+    """A new head, or other classes: base and delta alone would not give the model back."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small |= {"vocab_size": 30}
+    t.BertForMaskedLM(t.BertConfig(**small)).save_pretrained(tmp_path / "base")
+    t.BertForSequenceClassification(t.BertConfig(num_labels=3, **small)).save_pretrained(tmp_path / "tuned")
+    classes = t.BertConfig(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}, **small)
+    t.BertForSequenceClassification(classes).save_pretrained(tmp_path / "named")
+    options = ["--rescale", "1", "-o", tmp_path / "delta.safetensors"]
+    for base, tuned, words in (("base", "tuned", "new head"), ("tuned", "named", "id2label")):
+        code, _, err = run("compress", "delta", tmp_path / base, tmp_path / tuned, *options)
+        assert code == 2 and words in err and "name a directory" in err.replace("\n", " "), err
+    code, _, err = run(
+        "compress", "delta", tmp_path / "base", tmp_path / "tuned", "--rescale", "1", "-o", tmp_path / "dir"
+    )
+    assert code == 0 and "classifier" in err and "kept as fine-tuned" in err.replace("\n", " "), err
+    load(tmp_path / "dir")

@@ -24,6 +24,9 @@ EXAMPLES: dict[str, Callable[[nn.Module, str], Attribution]] = {
     "salience.features:GradCAM": lambda model, layer: _features().GradCAM(model, layer),
     "salience.features:LinearApproximation": lambda model, layer: _features().LinearApproximation(model, layer),
     "salience.features:Gradient": lambda model, layer: _features().Gradient(model),
+    "salience.features:BEE": lambda model, layer: _features().BEE(
+        model, layer, families=["normal", "blur", "const"], draws=4),
+    "salience.features:RISE": lambda model, layer: _features().RISE(model, masks=16),
     "salience.features:MetaSaliency": lambda model, layer: _features().MetaSaliency(
         _features().NormGrad(model, layer)
     ),

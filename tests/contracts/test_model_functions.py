@@ -74,8 +74,24 @@ def forecast(model: nn.Module) -> dict[str, Any]:
     return {**states, "loss": lambda network: network(images()).square().mean()}
 
 
+def attacked(model: nn.Module) -> dict[str, Any]:
+    pixels = torch.rand(8, 3, 16, 16, generator=generator())
+    return {"inputs": pixels, "targets": torch.arange(8) % 3, "eps": 0.1, "steps": 2, "generator": generator()}
+
+
+def adversarial_lesson(model: nn.Module) -> dict[str, Any]:
+    return {
+        **attacked(model), "recipe": "advprop", "epochs": 1, "batch_size": 4,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    }  # fmt: skip
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
+    "salience.features:pgd_attack": Example(attacked),
+    "salience.features:adversarial_fit": Example(
+        adversarial_lesson, frozenset({"values"}), lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
+    ),
     "salience.weights:select_params": Example(lambda model: {"which": "bn"}, FLAGS, lambda: build("gpt2")),
     "salience.weights:hold_frozen": Example(optimizer, FLAGS),
     "salience.weights:train_subset": Example(lesson, FLAGS | {"values"}),

@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from salience.errors import InputError, NothingToDo
+from salience.features import OutRankSelector, rank_table
 from salience.features.outrank import rows as rows_module
 from salience.features.outrank import sketch
 from salience.features.outrank.batches import Turns
 from salience.features.outrank.columns import CONTROLS, Bins, combine, controls, encode
+from salience.features.outrank.proof import prove
 from salience.features.outrank.quality import ColumnQuality, row_quality
 from salience.features.outrank.rows import KeyedSample, Rows, sorted_by_key, windows
 from salience.features.outrank.sketch import ValueCounter, hashes_of
@@ -224,3 +227,38 @@ def test_quality_of_rows_by_hand() -> None:
     assert b["missing"] == pytest.approx(1 / 3) and b["longer_than_30"] == pytest.approx(1 / 3)
     thirds = -(2 / 3 * np.log(2 / 3) + 1 / 3 * np.log(1 / 3))
     assert a["entropy"] == pytest.approx((thirds + np.log(3)) / 2)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64])
+def test_whole_numbers_at_the_ends_of_their_type(dtype: type) -> None:
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    for ends in ((low, low + 100), (high - 100, high), (max(low, -100), 100)):
+        values = np.array([ends[0], ends[1], ends[0] + 1] * 60, dtype=dtype)
+        coded = encode("n", pa.chunked_array([pa.array(values)]))
+        assert coded.values.take(pa.array(coded.codes)).to_pylist() == values.tolist()
+        assert int(coded.counts.sum()) == len(values)
+
+
+@pytest.mark.parametrize("token", ["", "nan", "NaN", "NA", "null", "?"])
+def test_customary_words_for_nothing_leave_a_column_numeric(tmp_path, token: str) -> None:
+    rng = np.random.default_rng(0)
+    signal, y = rng.normal(size=4000), rng.integers(0, 2, 4000)
+    signal += 3 * y
+    gone = rng.random(4000) < 0.02
+    rows = [f"{token if none else value},{label}" for none, value, label in zip(gone, signal, y)]
+    (tmp_path / "t.csv").write_text("x,y\n" + "\n".join(rows) + "\n")
+    report = rank_table(tmp_path / "t.csv", "y", bins=16)
+    assert report.singles.to_pylist()[0]["score"] > 0.3
+
+
+def test_a_sample_of_one_class_measures_nothing() -> None:
+    table = pa.table({"x": np.arange(400) % 7, "z": np.arange(400) % 5, "y": [0] * 399 + [1]})
+    report = rank_table(table, "y", hold_out=0.5)
+    if len(set(report.sample["y"].to_pylist())) < 2:
+        with pytest.raises(NothingToDo, match="one value of the label only"):
+            prove(report)
+
+
+def test_a_constant_target_is_refused() -> None:
+    with pytest.raises(InputError, match="y holds one value only"):
+        OutRankSelector().fit(np.arange(20).reshape(10, 2), np.ones(10))

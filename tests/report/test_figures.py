@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+import warnings
 import xml.etree.ElementTree as ElementTree
 
 import matplotlib
@@ -254,3 +255,11 @@ def test_crowded_heat_has_no_cells_written(ax):
 def test_drawings_name_what_does_not_fit(ax, call, says):
     with pytest.raises(InputError, match=says):
         call(ax)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_a_legend_leaves_room_for_the_curves_on_a_phone(count):
+    series = {f"a rather long name {i}": [0.0, 1.0] for i in range(count)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns when axes collapse
+        figure(lambda ax: curve(ax, [0.0, 1.0], series, xlabel="x", ylabel="y"), "curves")

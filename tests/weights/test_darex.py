@@ -592,3 +592,42 @@ def test_scalars_survive_a_delta_file(tmp_path):
     save_delta(tmp_path / "d.safetensors", {"scale": torch.tensor(0.5), "none": torch.zeros(3)})
     deltas, _, _ = load_delta(tmp_path / "d.safetensors")
     assert deltas["scale"].to_dense() == 0.5 and deltas["none"].to_dense().tolist() == [0, 0, 0]
+
+
+def test_a_rate_that_leaves_no_grid_gives_one_minus_p():
+    for p in (0.0, 0.0005, 0.001):
+        assert torch.allclose(analytic_q(torch.randn(3, 4), p, 0.5), torch.tensor(1 - p).double(), atol=1e-3)
+
+
+def test_padding_does_not_count():
+    """A batch that is padded gives the statistics and changes of its texts alone."""
+    from salience.weights.darex.observing import input_statistics, outputs_before, outputs_of
+
+    base, draw = build("gpt2"), generator()
+    tuned = moved(base)
+    short, long = (torch.randint(1, 300, (1, length), generator=draw) for length in (3, 9))
+    padded = torch.zeros(2, 9, dtype=torch.long)
+    padded[0, :3], padded[1] = short[0], long[0]
+    mask = torch.tensor([[1] * 3 + [0] * 6, [1] * 9])
+    together, alone = [{"input_ids": padded, "attention_mask": mask}], [{"input_ids": short}, {"input_ids": long}]
+    for norm in (False, True):
+        one, two = (input_statistics(tuned, batches, norm=norm) for batches in (together, alone))
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6, msg=name)
+    before = outputs_before(outputs_of(tuned, together[0], True), together[0], True)
+    assert before.values.shape == (12, 5)  # of 12 real tokens, and not the whole vocabulary
+    apart = [outputs_before(outputs_of(tuned, batch, True), batch, True) for batch in alone]
+    changes = [each.change(outputs_of(base, batch, True)) for each, batch in zip(apart, alone, strict=True)]
+    expected = (3 * changes[0] + 9 * changes[1]) / 12
+    torch.testing.assert_close(before.change(outputs_of(base, together[0], True)), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_masks_of_different_uses_are_independent():
+    from salience.weights.darex.deltas import mask_seed
+
+    seeds = [mask_seed(state, *use) for state in range(4) for use in ((0,), (1, 0), (1, 1), (1, 2), (2,))]
+    assert len(set(seeds)) == len(seeds)
+    masks = torch.stack([keep_mask(seed, "w", (4000,), 0.5) for seed in seeds]).float()
+    assert (torch.corrcoef(masks) - torch.eye(len(seeds))).abs().max() < 0.09
+    with pytest.raises(InputError, match="seed"):
+        mask_seed(-1, 0)

@@ -255,3 +255,14 @@ def test_inputs_are_what_the_models_take(tokenizer, documents, pictures):
     assert list(Evaluation(pictures).inputs(Loaded(build("vit"), None))[0]) == ["pixel_values"]
     with pytest.raises(InputError, match="no inputs"):
         Evaluation(command="x {model}").inputs(Loaded(build("plain"), None))
+
+
+def test_five_of_five_is_not_beyond_doubt():
+    """A bootstrap over 5 equal signs never crosses zero; by a sign test that happens once in 16."""
+    rng = np.random.default_rng(0)
+    scores = {"before": np.zeros(5), "after": 0.1 + 0.01 * rng.random(5)}
+    few = Comparison("accuracy", True, scores)
+    assert few.gain("after", "before").low > 0 and few.gain("after", "before").p_value > 0.05
+    assert few.verdict("after", "before") is None
+    many = Comparison("accuracy", True, {name: np.tile(value, 4) for name, value in scores.items()})
+    assert many.verdict("after", "before") is True

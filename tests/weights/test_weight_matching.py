@@ -572,3 +572,87 @@ def test_widths_of_one_and_duplicate_units_are_fine():
     assert found.objective == pytest.approx(
         sum(float(twin.state_dict()[n].square().sum()) for n in spec.axes_to_perm), rel=1e-5
     )
+
+
+class OptionA(nn.Module):
+    """The CIFAR ResNet-20 of He et al. with parameter-free shortcuts, under the names of the stored weights."""
+
+    class Block(nn.Module):
+        def __init__(self, narrow: int, wide: int) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(narrow, wide, 3, stride=wide // narrow, padding=1, bias=False)
+            self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+            self.bn1, self.bn2, self.more = nn.BatchNorm2d(wide), nn.BatchNorm2d(wide), (wide - narrow) // 2
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            if self.more:
+                x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
+            return torch.relu(x + y)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        widths = [16] * 4 + [32] * 3 + [64] * 3
+        blocks = [self.Block(*pair) for pair in itertools.pairwise(widths)]
+        self.layer1, self.layer2, self.layer3 = (nn.Sequential(*blocks[i : i + 3]) for i in (0, 3, 6))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+@pytest.mark.realdata
+def test_a_pretrained_resnet_is_shuffled_and_put_back():
+    import os
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    from salience.model import read_images
+
+    if not os.environ.get("SALIENCE_DATA"):
+        pytest.skip("SALIENCE_DATA names no data folder")
+    folder = Path(os.environ["SALIENCE_DATA"])
+    model = OptionA()
+    model.load_state_dict(load_file(folder / "resnet20-cifar10" / "model.safetensors"), strict=False)
+    model.eval()
+    images = read_images(
+        folder / "cifar10" / "test.parquet", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), limit=200
+    )
+    x = torch.stack([images[i][0] for i in range(200)])
+    with torch.no_grad():
+        before = model(x)
+    assert (before.argmax(1) == images.labels).double().mean() > 0.7
+    spec = infer_spec(model, x[:2])
+    assert len(spec.sizes) == 9  # within each block; padded shortcuts fix the order of the streams
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    permuted, _ = shuffled(spec, state)
+    other = copy.deepcopy(model)
+    other.load_state_dict(permuted)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), before, rtol=1e-4, atol=1e-4)
+    back = apply_permutation(spec, match_weights(spec, state, permuted).permutations, permuted)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_last_batch_of_one_is_left_out_and_a_failure_leaves_the_statistics():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    x = torch.randn(9, 4, generator=generator())
+    recalibrate_norms(model, x.split(4))  # 4, 4 and 1
+    with torch.no_grad():
+        out = model[0](x[:8])
+    torch.testing.assert_close(model[1].running_mean, out.mean(0), rtol=1e-4, atol=1e-5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for batches, match in (([x[:1]], "of one example"), ([], "none"), ([x[:4], x[:4, :2]], "shapes")):
+        with pytest.raises((InputError, RuntimeError), match=match):
+            recalibrate_norms(model, batches)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+    assert model[1].momentum == 0.1
+
+
+def test_an_example_that_the_model_does_not_take():
+    with pytest.raises(InputError, match=r"example: Sequential does not take shape \(2, 9\)"):
+        infer_spec(mlp(0), torch.randn(2, 9))

@@ -23,6 +23,7 @@ from salience.cli import (
     select_text,
     verbs,
     verify_output,
+    verify_saliency,
 )
 from salience.cli._say import say
 from salience.errors import SalienceError
@@ -46,6 +47,7 @@ _COMMANDS = (
     rank_table,
     select_text,
     verify_output,
+    verify_saliency,
 )
 for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:

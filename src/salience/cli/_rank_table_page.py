@@ -185,7 +185,7 @@ def _redundancy(report, figures, result: RankReport, rows: list[dict[str, Any]])
 def _quality(report, result: RankReport) -> list[Any]:
     rows = [
         (
-            row["column"], row["coverage"], ("" if row["exact"] else "≈ ") + f"{row['cardinality']:,}", row["rare"], row["bytes"], row["min"], row["median"], row["max"], row["binned"],
+            row["column"], row["coverage"], ("" if row["exact"] else "≈ ") + f"{row['cardinality']:,}", row["rare"], row["bytes"], row["min"], row["median"], row["max"],
         )
         for row in sorted(result.quality.to_pylist(), key=lambda row: row["coverage"])[:_COLUMNS]
     ]  # fmt: skip

@@ -23,11 +23,14 @@ _EPILOG = (
     "salience explain saliency my-resnet/ test.parquet --method normgrad,gradcam,integrated-gradients -o maps\n\n"
     "salience explain saliency net.safetensors photos/*.jpg --arch my_package.models:net --size 224 "
     "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 -o maps\n\n"
+    "salience explain saliency net.safetensors photos/*.jpg --arch my_package.models:net --method bee --metric deletion "
+    "-o maps\n\n"
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
 _DATA = "Images"
 _MEASURING = "Measuring"
 _NORMGRAD = "Options of normgrad alone"
+_BEE = "Options of bee alone"
 
 
 @explain.command("saliency", epilog=_EPILOG)
@@ -35,7 +38,7 @@ def saliency(
     model: Annotated[str, typer.Argument(help="A transformers directory of an image classifier, or FILE.safetensors with --arch.", show_default=False)],
     images: Annotated[list[str], typer.Argument(help="A folder (sub-folders are classes), image files, globs, or .parquet with columns image and label.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder: maps.safetensors, images.jsonl, overlays/, report.html.", show_default=False)],
-    method: Annotated[str, typer.Option(help="One or several, with commas between: normgrad, gradcam, linear (gradient x activation), gradient, integrated-gradients.")] = "normgrad",
+    method: Annotated[str, typer.Option(help="One or several, with commas between: normgrad, gradcam, linear (gradient x activation), gradient, integrated-gradients, bee.")] = "normgrad",
     layer: Annotated[list[str] | None, typer.Option("--layer", "-l", help="Layer to look at, by its name in named_modules; may be repeated [default: the last of each resolution].", show_default=False)] = None,
     target: Annotated[str, typer.Option(help="Class to explain: predicted, label, or a number.")] = "predicted",
     arch: Annotated[str | None, typer.Option(help="For a .safetensors file: package.module:factory that builds the network.", show_default=False)] = None,
@@ -49,6 +52,9 @@ def saliency(
     fuse: Annotated[str | None, typer.Option(help="How layers become one map: product or mean [default: product].", rich_help_panel=_NORMGRAD, show_default=False)] = None,
     layer_weights: Annotated[str | None, typer.Option(help="uniform, or linear: deeper layers count more [default: uniform].", rich_help_panel=_NORMGRAD, show_default=False)] = None,
     meta_lr: Annotated[float | None, typer.Option(help="Meta-saliency: take one training step of this length on each image first, as in 0.0025.", rich_help_panel=_NORMGRAD, show_default=False)] = None,
+    metric: Annotated[str | None, typer.Option(help="Measure that the map is to be best under: insertion, deletion, pos, neg, pic, adp, aic, sic [default: insertion].", rich_help_panel=_BEE, show_default=False)] = None,
+    draws: Annotated[int | None, typer.Option(help="Maps drawn per image, of which the best is kept [default: 20].", rich_help_panel=_BEE, show_default=False)] = None,
+    finetune: Annotated[bool, typer.Option("--finetune", help="Learn on from the draws of each image itself.", rich_help_panel=_BEE)] = False,
     overlays: Annotated[int, typer.Option(help="Images to write overlays of, evenly spread.")] = 16,
     batch_size: Annotated[int, typer.Option(help="Images at once; halved when memory runs out.")] = 32,
     device: Annotated[str, typer.Option(help="Where to compute, as in cpu or cuda.")] = "cpu",
@@ -67,7 +73,8 @@ def saliency(
     from salience.features.methods import method as method_called
 
     chosen = {name: method_called(name) for name in _names(method)}
-    options = {"selective": selective, "fuse": fuse, "layer_weights": layer_weights, "meta_lr": meta_lr}
+    options = {"selective": selective, "fuse": fuse, "layer_weights": layer_weights, "meta_lr": meta_lr,
+               "metric": metric, "draws": draws, "finetune": finetune}  # fmt: skip
     given = {name: value for name, value in options.items() if value not in (None, False)}
     _refuse_strays(given, chosen, layer)
     if min(measure, overlays) < 0 or batch_size < 1 or steps < 2:
@@ -232,7 +239,7 @@ def _print_plan(model, images, chosen, layers, measure, steps, as_json) -> None:
     typer.echo(f"maps     {plan['map_bytes'] / 1e6:,.1f} MB\nnothing was written")
 
 
-def _print(result: Explained, images: ImageSet, out: Path, page: Path, as_json: bool) -> None:
+def _print(result: Explained, images: ImageSet, out: Path, page: Path | str, as_json: bool) -> None:
     from salience.features.faithfulness import record
 
     if as_json:

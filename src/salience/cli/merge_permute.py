@@ -120,7 +120,7 @@ def _blocks(result: Any) -> list[Any]:
             ("agreement of singular directions", "as trained", "permuted"),
             rows,
             "1 for equal networks, about 0 for independent ones; R(0.3) looks at the large singular values alone. The "
-            f"distance between the first two shrank by {result.distance_cut:.0f} % only.",
+            f"distance between the first two shrank by {result.distance_cut:.0f} %.",
         ),
     ]
     return blocks

@@ -57,7 +57,7 @@ def table(
     controls: Annotated[bool, typer.Option("--controls/--no-controls", help="Rank noise and a copy of the label along.", rich_help_panel=_SCORING)] = True,
     columns: Annotated[str | None, typer.Option(help="Rank these only, with commas between.", rich_help_panel=_DATA, show_default=False)] = None,
     subsample: Annotated[int, typer.Option(help="Keep every so-manieth row.", rich_help_panel=_DATA)] = 1,
-    missing: Annotated[list[str] | None, typer.Option(help="Text that means missing, besides nothing and {}; may be repeated.", rich_help_panel=_DATA, show_default=False)] = None,
+    missing: Annotated[list[str] | None, typer.Option(help="Text that means missing, besides nothing, {}, nan, NA, null and ?; may be repeated.", rich_help_panel=_DATA, show_default=False)] = None,
     max_bad: Annotated[float, typer.Option(help="Largest share of unreadable records to put up with.", rich_help_panel=_DATA)] = 0.01,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable record.", rich_help_panel=_DATA)] = False,
     hold_out: Annotated[float, typer.Option(help="Share of the rows kept out to measure on; 0 measures nothing.", rich_help_panel=_MEASURING)] = 0.2,
@@ -75,6 +75,7 @@ def table(
     from salience.errors import InputError, NothingToDo
     from salience.features import rank_table
     from salience.features.outrank.proof import prove
+    from salience.features.outrank.ranking import MISSING
     from salience.io import Output, TableReader
 
     if top is not None and top < 1:
@@ -86,7 +87,7 @@ def table(
     with Output(out, overwrite, [*data, *inputs], folder=True) as output:
         report = _ranked(rank_table, data, label, dict(
             order=order, pairs=pairs.value, combination_budget=budget, batch_rows=batch_rows, subsample=subsample,
-            shuffle=shuffle.value, controls=controls, bins=bins or None, missing=["", "{}", *(missing or ())],
+            shuffle=shuffle.value, controls=controls, bins=bins or None, missing=[*MISSING, *(missing or ())],
             columns=chosen, hold_out=hold_out, shifts=shifts, max_bad=0.0 if strict else max_bad, random_state=seed,
             workers=workers,
         ))  # fmt: skip

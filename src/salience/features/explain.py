@@ -17,13 +17,16 @@ from torch.utils.data import Dataset, Subset
 from salience.errors import InputError
 from salience.features.attribution import attribute_batches, default_layers, device_of, evaluating, target_classes
 from salience.features.baselines import CentreMap, EdgeMap, RandomSmoothMap
+from salience.features.bee.explain import BEE
 from salience.features.faithfulness import RANDOM, Faithfulness, MapProof, insertion_deletion, map_proofs
 from salience.features.methods import SaliencyMethod, as_maps
 from salience.features.normgrad.checks import randomization_check, weight_layers
+from salience.measure.paired import paired_difference
 from salience.model.at import logits_of
 from salience.model.batches import map_batches
 from salience.model.images import ImageSet
 
+_LEARN_FROM = (20, 300)  # images that BEE learns from, at least and at most
 _RANDOMISED_ON = 32  # images: a correlation near 1 or near 0 shows in few
 BASELINES = {RANDOM: RandomSmoothMap, "the centre": CentreMap, "an edge detector": EdgeMap}
 
@@ -126,6 +129,8 @@ def explain(
         warnings.simplefilter("always")
         classes, probabilities, predicted = _predictions(model, watched("predictions"), images, target, batch_size)
         attributions, places = attributions_for(model, images, methods, layers, options or {})
+        chosen = np.linspace(0, n - 1, min(measure, n)).round().astype(int).tolist() if measure else []
+        learned = [_learned(name, each, images, chosen, tell) for name, each in attributions.items()]
         maps = {}
         for name, attribution in attributions.items():
             run = methods[name].run
@@ -133,8 +138,8 @@ def explain(
             maps[name] = as_maps(found)
         result = Explained(maps, classes, probabilities, predicted, places)
         if measure:
-            chosen = np.linspace(0, n - 1, min(measure, n)).round().astype(int).tolist()
             _measure(model, images, attributions, result, chosen, steps, batch_size, random_state, tell)
+    result.notes += [note for note in learned if note]
     result.notes += list(dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning))
     return result
 
@@ -201,6 +206,33 @@ def attributions_for(
     return made, places
 
 
+def _learned(
+    name: str,
+    attribution: Attribution,
+    images: ImageSet,
+    measured: Sequence[int],
+    tell: Callable[[str, int, int], None],
+) -> str:
+    """Let a method that learns do so on images that it is not measured on; what to tell of it."""
+    if not isinstance(attribution, BEE):
+        return ""
+    others = np.setdiff1d(np.arange(len(images)), measured)
+    if len(others) < _LEARN_FROM[0]:
+        attribution.finetune = False  # there is nothing to go on from
+        return (
+            f"{name} drew its baselines with equal chance: {len(others)} images beside the measured ones are too few "
+            f"to learn from ({_LEARN_FROM[0]} at least; lower --measure)"
+        )
+    own = others[np.unique(np.linspace(0, len(others) - 1, min(_LEARN_FROM[1], len(others))).round().astype(int))]
+    tell(f"{name} learns", 0, 1)
+    device = device_of(attribution.forward_func)
+    attribution.fit([images[int(i)][0].to(device) for i in own])
+    tell(f"{name} learns", 1, 1)
+    share = {family: attribution.pulled_.count(family) / len(own) for family in attribution.families}
+    drawn = ", ".join(f"{family} {part:.0%}" for family, part in sorted(share.items(), key=lambda item: -item[1]))
+    return f"{name} learned from {len(own)} images that it is not measured on; it drew {drawn}"
+
+
 def _measure(
     model: nn.Module,
     images: ImageSet,
@@ -220,6 +252,13 @@ def _measure(
     for name, kind in BASELINES.items():
         extra = {"random_state": random_state} if kind is RandomSmoothMap else {}
         compared[name] = kind(model, **extra).attribute(pixels)[:, 0]
+    for name, attribution in attributions.items():
+        if isinstance(attribution, BEE):  # as many tries for random maps, chosen in the same way
+            tries = [RandomSmoothMap(model, random_state=random_state + 1 + i) for i in range(attribution.draws)]
+            drawn = torch.cat([one.attribute(pixels) for one in tries], 1)
+            device = device_of(model)
+            best = attribution.best_of(pixels.to(device), drawn.to(device), classes)
+            compared[f"best of {attribution.draws} random maps, chosen as {name} does"] = best.cpu()
     for number, (name, maps) in enumerate(compared.items()):
         tell("measuring", number, len(compared))
         result.runs[name] = insertion_deletion(model, pixels, maps, classes, steps=steps, batch_size=2 * batch_size)
@@ -236,6 +275,15 @@ def _measure(
             )  # fmt: skip
         randomised[name] = found[lowest[0]].spearman
     tell("random weights", len(attributions), len(attributions))
+    for name, attribution in attributions.items():
+        if isinstance(attribution, BEE):
+            rival = result.runs[f"best of {attribution.draws} random maps, chosen as {name} does"]
+            gain = paired_difference(result.runs[name].score, rival.score, random_state=random_state)
+            result.notes.append(
+                f"{name} keeps the best of {attribution.draws} maps by {attribution.metric}; against the best of as "
+                f"many random maps its score differs by {gain.mean:+.3f} (95 % interval {gain.low:+.3f} … "
+                f"{gain.high:+.3f})"
+            )
     result.proofs = map_proofs(
         {name: result.runs[name] for name in attributions},
         {name: result.runs[name] for name in BASELINES},

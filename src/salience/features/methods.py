@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from salience.errors import InputError, nearest
 from salience.features.attribution import LogitsModel
+from salience.features.bee.explain import BEE
 from salience.features.normgrad.meta import MetaSaliency
 from salience.features.normgrad.saliency import GradCAM, Gradient, LinearApproximation, NormGrad
 
@@ -53,9 +54,17 @@ def _normgrad(
     return plain if meta_lr is None else MetaSaliency(plain, meta_lr)
 
 
+def _bee(model: nn.Module, layers: Sequence[str], **options: Any) -> Attribution:
+    return BEE(model, layers, **{"draws": 20, **options})
+
+
 METHODS: dict[str, SaliencyMethod] = {
     "normgrad": SaliencyMethod(
         _normgrad, "several", "NormGrad, fused over layers", ("selective", "fuse", "layer_weights", "meta_lr")
+    ),
+    "bee": SaliencyMethod(
+        _bee, "last", "the best of several maps under a measure, from baselines drawn by what was learned",
+        ("metric", "draws", "finetune"),
     ),
     "gradcam": SaliencyMethod(lambda model, layers: GradCAM(model, layers), "last", "Grad-CAM at the last layer"),
     "linear": SaliencyMethod(

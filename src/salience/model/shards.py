@@ -6,11 +6,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 import xxhash
@@ -33,6 +33,7 @@ def rewrite(
     tensor_fn: Callable[..., Tensor],
     *,
     block: int | None = None,
+    inputs: Sequence[str | os.PathLike] = (),
     fingerprint: str = "",
     overwrite: bool = False,
     resume: bool = False,
@@ -54,7 +55,10 @@ def rewrite(
         For `resume` to hold it must depend on nothing else, a random draw on the name and a seed only.
     block : int, optional
         For functions that act entry by entry: ``tensor_fn(name, piece, start)`` gets flat pieces of at most this
-        many entries, the first of which has index `start` in the flattened tensor. It may change them in place.
+        many entries, the first of which has index `start` in the flattened tensor. It may change them in place, and
+        must not keep them.
+    inputs : sequence of path-like
+        What `tensor_fn` reads besides `in_dir`: `out_dir` must lie apart from all of it.
     fingerprint : str
         What `tensor_fn` depends on (bits, seed, the other model's hash): a run is resumed only by its like.
     overwrite : bool
@@ -76,7 +80,7 @@ def rewrite(
     """
     source, out = check_directory(in_dir), Path(out_dir).resolve()
     shards = _shards(source)
-    _check_output(source, out, overwrite)
+    _check_output([source, *inputs], out, overwrite)
     partial = out.with_name(f".{out.name}.partial")
     finished = _finished(partial, source, fingerprint, overwrite, resume)
     for shard in shards:
@@ -94,6 +98,18 @@ def rewrite(
     else:
         os.replace(partial, out)
     return out
+
+
+class _Buffer:
+    """Memory for one piece after another: fresh memory for each would cost as much as reading it."""
+
+    def __init__(self) -> None:
+        self._raw = torch.empty(0, dtype=torch.uint8)
+
+    def of(self, size: int) -> Tensor:
+        if len(self._raw) < size:
+            self._raw = torch.empty(size, dtype=torch.uint8)
+        return self._raw[:size]
 
 
 class Entry(NamedTuple):
@@ -114,12 +130,13 @@ class Entry(NamedTuple):
         step = block or max(self.size, 1)
         return [(first, min(first + step, self.size)) for first in range(0, max(self.size, 1), step)]
 
-    def read(self, stream, first: int, last: int) -> Tensor:
-        """Entries `first` to `last` of the flattened tensor, from its opened file."""
+    def read(self, stream: BinaryIO, first: int, last: int, into: _Buffer | None = None) -> Tensor:
+        """Entries `first` to `last` of the flattened tensor, from its opened file; in memory that is used again."""
         # Read, not mapped: mapped pages count as memory of this process until the whole file is in it.
-        raw = torch.empty((last - first) * self.dtype.itemsize, dtype=torch.uint8)
+        size = (last - first) * self.dtype.itemsize
+        raw = torch.empty(size, dtype=torch.uint8) if into is None else into.of(size)
         stream.seek(self.start + first * self.dtype.itemsize)
-        if stream.readinto(raw.numpy()) != raw.numel():
+        if stream.readinto(raw.numpy()) != raw.numel():  # type: ignore[attr-defined]
             raise DataError(f"{self.file}: ends in the middle of a tensor")
         return raw.view(self.dtype)
 
@@ -152,16 +169,18 @@ class TensorStore:
         for shard in _shards(self.path):
             _open(self.path / shard)
             self.entries |= _header(self.path / shard)
-        self._opened = ExitStack()
+        self._opened, self._buffer = ExitStack(), _Buffer()
         files = {entry.file for entry in self.entries.values()}
         self._streams = {file: self._opened.enter_context(open(file, "rb")) for file in files}  # noqa: SIM115
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """A tensor by its name, in its shape; with `first` or `last` a flat piece of it."""
+        """A tensor by its name, in its shape; with `last` a flat piece, which lasts until the next one is read."""
         entry = self.entries[name]
-        whole = first == 0 and last is None
-        piece = entry.read(self._streams[entry.file], first, entry.size if last is None else last)
-        return piece.view(entry.shape) if whole else piece
+        stream = self._streams[entry.file]
+        if last is None:
+            whole = entry.read(stream, first, entry.size)
+            return whole.view(entry.shape) if first == 0 else whole
+        return entry.read(stream, first, last, self._buffer)
 
     def close(self) -> None:
         """Close the files."""
@@ -217,9 +236,11 @@ def _shards(source: Path) -> list[str]:
     return sorted(promised)
 
 
-def _check_output(source: Path, out: Path, overwrite: bool) -> None:
-    if out == source or out.is_relative_to(source) or source.is_relative_to(out):
-        raise InputError(f"out_dir: {out} and in_dir must not contain each other")
+def _check_output(inputs: Sequence[str | os.PathLike], out: Path, overwrite: bool) -> None:
+    for name in inputs:
+        read = Path(name).resolve()
+        if out == read or out.is_relative_to(read) or read.is_relative_to(out):
+            raise InputError(f"out_dir: {out} and the input {read} must not contain each other")
     if not out.exists():
         return
     if not overwrite:
@@ -261,6 +282,7 @@ def _rewrite_shard(source: Path, target: Path, tensor_fn: Callable[..., Tensor],
     read, written = xxhash.xxh3_128(), xxhash.xxh3_128()
     # The name is given to whole files only, so that a resumed run never trusts half of one.
     unfinished = target.with_name(f"{target.name}.tmp")
+    buffer = None if block is None else _Buffer()
     with open(source, "rb") as stored, open(unfinished, "wb") as out:
         header = stored.read(8)
         header += stored.read(int.from_bytes(header, "little"))
@@ -269,7 +291,7 @@ def _rewrite_shard(source: Path, target: Path, tensor_fn: Callable[..., Tensor],
         out.write(header)
         for name, entry in entries:
             for start, stop in entry.pieces(block):
-                piece = entry.read(stored, start, stop)
+                piece = entry.read(stored, start, stop, buffer)
                 read.update(_bytes(piece))
                 if block is None:
                     new = _rewritten(name, piece.view(entry.shape), tensor_fn)

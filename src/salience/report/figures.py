@@ -288,12 +288,13 @@ def _finish(ax: Axes, xlabel: str, ylabel: str, legend: bool, grid: str = "y") -
     ax.grid(axis=grid, linewidth=0.8)  # type: ignore[arg-type]
     if legend:
         handles, names = ax.get_legend_handles_labels()
+        wide = ax.figure.get_figwidth() > 5  # type: ignore[union-attr]
         ax.legend(
             handles,
             names,
             loc="lower right",
             bbox_to_anchor=(1, 1),
-            ncols=2 if len(names) > 4 else len(names),
+            ncols=len(names) if len(names) < 3 or (wide and len(names) < 5) else 2,
             borderaxespad=0.2,
         )
 

@@ -4,6 +4,9 @@
 Substitute for BERT on GLUE: an MLP of three hidden layers of 512 units, pre-trained on scikit-learn's digits and
 fine-tuned on the same digits turned by 90 degrees, with a new head. The body's delta is pruned; q is chosen on a
 validation split and judged on test images and other masks.
+
+One statement of the paper does not hold here: at a fine-tuning rate of 1e-4 the gap between DAREx and DARE should
+vanish, since the delta is small, and it does not. It is in the figures and is not judged.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 RATE = 0.99
 OTHER_RATES = (0.95, 0.995)
 MASKS = 4
+ETA_RANGE = (0.1, 1.5)  # what `DeltaPruner` searches
 HEAD = ("6",)  # the last linear layer of the network
 
 
@@ -91,6 +95,7 @@ def reproduce(run: Run) -> Outcome:
     soft = {way: pruned(run, world, gentle, way, rescale="global", score=True) for way in ("dare", "darex")}
     fakes = {name: pruned(run, world, model, "dare") for name, model in decayed.items()}
     chance = pruned(run, world, plain, "darex", rescale=float(run.rng("q").uniform(1 - RATE, 1)))
+    kept_mean = pruned(run, world, plain, "darex", masks="other masks", rescale=1 - RATE)
 
     # Measure.
     dare = ways["DARE"].correct
@@ -100,6 +105,13 @@ def reproduce(run: Run) -> Outcome:
         "accuracy of the fine-tuned model": accuracy(plain, world.test),
         **{f"accuracy {name}": float(way.correct.mean()) for name, way in ways.items()},
         **{f"accuracy AdamR {strength} and DARE": float(way.correct.mean()) for strength, way in regularised.items()},
+        **{
+            f"eta by {by}": float(ways[f"DAREx per layer {way}"].eta)
+            for by, way in (("validation", "1/q_v"), ("outputs", "1/q_e"))
+        },
+        "searches for eta that ended on the edge of their range": float(
+            sum(abs(way.eta - edge) < 1e-6 for way in ways.values() if way.eta is not None for edge in ETA_RANGE)
+        ),
         "gain of DAREx over DARE": gain.mean,
         "q over 1 - p": float(darex.q) / (1 - RATE),
         "spread of the delta with AdamR 0.1": delta_spread(world, regular[0.1]) / spread,
@@ -119,8 +131,8 @@ def reproduce(run: Run) -> Outcome:
             other = pruned(run, world, plain, way, rate=rate, **options)
             figures[f"accuracy {name} at {rate}"] = float(other.correct.mean())
     return Outcome(
-        claim="at 99 % dropped, a searched divisor keeps at least 10 points more of the fine-tuned accuracy than "
-        "DARE's, and fine-tuning with decay towards the base weights at least 25",
+        claim="at extreme pruning rates a searched rescaling factor keeps more of the fine-tuned accuracy than DARE's, "
+        "and so does fine-tuning with decay towards the base weights",
         level="mechanism",
         figures=figures,
         bars=[
@@ -130,8 +142,22 @@ def reproduce(run: Run) -> Outcome:
             Bar("gain of AdamR 0.1 and DARE over DARE", at_least=0.25),
         ],
         controls=[
-            Control("q drawn at random", "random", {"gain of DAREx over DARE": float((chance.correct - dare).mean())}),
-            Control("q = 1 - p", "fake", {"gain of DAREx over DARE": 0.0, "q over 1 - p": 1.0}),
+            Control(
+                "q drawn at random",
+                "random",
+                {
+                    "gain of DAREx over DARE": float((chance.correct - dare).mean()),
+                    "q over 1 - p": float(chance.q) / (1 - RATE),
+                },
+            ),
+            Control(
+                "q = 1 - p, on other masks",
+                "fake",
+                {
+                    "gain of DAREx over DARE": float((kept_mean.correct - dare).mean()),
+                    "q over 1 - p": float(kept_mean.q) / (1 - RATE),
+                },
+            ),
             *(
                 Control(
                     f"decay towards zero ({name})",
@@ -151,36 +177,47 @@ def reproduce(run: Run) -> Outcome:
         notes=[
             "Importance-based pruning and a q per layer do not win on this small network: reported, not judged.",
             f"Each accuracy is a mean over {MASKS} masks that no search has seen.",
+            "At a fine-tuning rate of 1e-4 the paper has the gain of DAREx vanish; here it is "
+            f"{float((soft['darex'].correct - soft['dare'].correct).mean()):+.3f}. Reported, not judged.",
         ],
     )  # fmt: skip
 
 
 class Pruned(NamedTuple):
-    """Share of masks under which each test image is classified rightly, and the divisor."""
+    """Share of masks under which each test image is classified rightly, the divisor, and the eta that gave it."""
 
     correct: np.ndarray
     q: Any  # a number, or one for each tensor
+    eta: float | None
 
 
 def pruned(
-    run: Run, world: World, tuned: nn.Module, method: str, *, score: bool = False, rate: float = RATE, **options: Any
+    run: Run,
+    world: World,
+    tuned: nn.Module,
+    method: str,
+    *,
+    score: bool = False,
+    rate: float = RATE,
+    masks: str = "masks",
+    **options: Any,
 ) -> Pruned:
     """Choose q once, then prune with several masks and classify the test images."""
     images, _ = world.validation
     correct: list[np.ndarray] = []
-    seeds = [int(seed) for seed in run.rng("masks").integers(2**31, size=1 if run.smoke else MASKS)]
+    seeds = [int(seed) for seed in run.rng(masks).integers(2**31, size=1 if run.smoke else MASKS)]
     for number, seed in enumerate(seeds):
         pruner = DeltaPruner(rate=rate, method=method, exclude=HEAD, random_state=seed, **options)
         if number == 0:
             by: dict[str, Any] = {"score": lambda model: accuracy(model, world.validation)} if score else {}
             pruner.fit(world.base, tuned, batches=[images], **by)
-            q = pruner.q_
+            q, eta = pruner.q_, pruner.eta_
             if method == "darex":  # the divisor is chosen once; the other masks are those that it is judged on
                 options = {**options, "rescale": q}
                 pruner = DeltaPruner(rate=rate, method=method, exclude=HEAD, random_state=seed, **options)
         pruner.fit(world.base, tuned, batches=[images])
         correct.append(_correct(pruner.apply(), world.test))
-    return Pruned(np.mean(correct, axis=0), q)
+    return Pruned(np.mean(correct, axis=0), q, eta)
 
 
 def finetune(run: Run, world: World, how: str, epochs: int, strength: float = 0.0, lr: float = 1e-3) -> nn.Module:

@@ -135,7 +135,7 @@ class Evaluation:
             )
         return scores
 
-    def inputs(self, loaded: Loaded, rows: int = 256) -> list[Any]:
+    def inputs(self, loaded: Loaded, rows: int = 256, tokens: int | None = None) -> list[Any]:
         """Batches of model inputs from the first examples: for what needs activations or outputs but no labels.
 
         Parameters
@@ -144,6 +144,8 @@ class Evaluation:
             Its processor prepares the examples.
         rows : int
             Examples at most.
+        tokens : int, optional
+            Tokens of each at most; by default `max_tokens`.
 
         Raises
         ------
@@ -153,8 +155,8 @@ class Evaluation:
         if self.kind == "command":
             raise InputError("evaluation: a command has no inputs to look at; give data")
         if self.kind == "text":
-            tokens = self._tokens(loaded)[:rows]
-            return [self._padded(batch) for batch in _parts(tokens, min(self.batch_size, 8))]
+            texts = [row[:tokens] for row in self._tokens(loaded)[:rows]]
+            return [self._padded(batch) for batch in _parts(texts, min(self.batch_size, 8))]
         pictures = self._pictures(loaded)[0]
         pixels = [pictures[i][0] for i in range(min(rows, len(pictures)))]
         batches = [torch.stack(batch) for batch in _parts(pixels, self.batch_size)]
@@ -279,12 +281,13 @@ class Comparison:
     def verdict(self, name: str, over: str) -> bool | None:
         """True if `name` is better than `over` beyond doubt, False if it is not better, None if undecided.
 
-        From 5 examples on the 95 % interval decides; a single figure of a command has none and decides nothing.
+        From 5 examples on the 95 % interval and the p-value decide, both: the interval alone is too narrow where there
+        are few. A single figure of a command has neither and decides nothing.
         """
         gain = self.gain(name, over)
         if gain.mean <= 0:
             return False
-        return True if gain.n >= 5 and gain.low > 0 else None
+        return True if gain.n >= 5 and gain.low > 0 and gain.p_value < 0.05 else None
 
     def as_dict(self, name: str) -> dict[str, Any]:
         """Plain data for ``--json``: each mean, and the gain of `name` over each other model."""

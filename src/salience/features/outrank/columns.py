@@ -59,7 +59,9 @@ def encode(name: str, column: pa.ChunkedArray) -> Coded:
         low, high = int(numbers.min()), int(numbers.max())
         if high - low < 2 * len(numbers):  # dense: the value is its code
             codes, counts = _offsets(numbers, numbers.dtype.type(low), high - low + 1)
-            return Coded(codes, pa.array(np.arange(low, high + 1)), counts)
+            # In the column's own type, whose wrapping round is right here: low + 200 may not fit it, the sum does.
+            values = numbers.dtype.type(low) + np.arange(high - low + 1).astype(numbers.dtype)
+            return Coded(codes, pa.array(values), counts)
     if pa.types.is_string(kind) and column.nbytes > 1 << 30:
         column = column.cast(pa.large_string())  # more than 2 GiB do not fit into one array of strings
     try:

@@ -125,6 +125,8 @@ def prove(report: RankReport, k: int | None = None) -> RankProof:
     train = np.arange(table.num_rows) < report.sample.num_rows
     y = _classes(report, table)
     known = np.isin(y, np.unique(y[train]))
+    if len(np.unique(y[train])) < 2:
+        raise NothingToDo("the sample of rows to learn from holds one value of the label only: nothing to learn")
     if len(np.unique(y[train])) > _CLASSES:
         raise NothingToDo(f"the label has more than {_CLASSES} values: a simple learner says nothing of it")
     missing = tuple(report.settings["missing"])

@@ -59,8 +59,9 @@ class ColumnQuality:
             self._counter.add(hashes_of(text), counts)
             numbers = as_numbers(values, self._missing) if self._numeric else None
         self._numeric = numbers is not None
-        if numbers is not None:
-            self._low, self._high = min(self._low, float(numbers.min())), max(self._high, float(numbers.max()))
+        if numbers is not None and not np.isnan(numbers).all():
+            low, high = float(np.nanmin(numbers)), float(np.nanmax(numbers))
+            self._low, self._high = min(self._low, low), max(self._high, high)
 
     def _count(self, rows: int, gone: int, length: int) -> None:
         self._rows += rows

@@ -24,6 +24,8 @@ from salience.io import TableReader, available_cores
 
 SAMPLE_ROWS = 10_000
 LAST_ROWS = 1024  # the last, short batch is scored if it has more
+# Texts that stand for nothing in the tables that people have; the reference knows the first two.
+MISSING = ("", "{}", "nan", "NaN", "NA", "N/A", "null", "NULL", "?")
 _BY_CHANCE = 1e-6  # a batch of one class is no accident if chance gives it more rarely
 _LOST = 0.1  # share of the label's entropy that may lie between windows before we warn
 
@@ -31,7 +33,7 @@ _LOST = 0.1  # share of the label's entropy that may lie between windows before 
 def rank_table(
     source: Any, label: str, *, order: int = 1, pairs: str = "target", combination_budget: int = 1 << 15,
     batch_rows: int = 1 << 14, subsample: int = 1, shuffle: Shuffle = "window", controls: bool = False,
-    bins: int | None = None, missing: Sequence[str] = ("", "{}"), columns: Sequence[str] | None = None,
+    bins: int | None = None, missing: Sequence[str] = MISSING, columns: Sequence[str] | None = None,
     hold_out: float = 0.0, shifts: int = 1, max_bad: float = 0.01, random_state: int = 0, workers: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> RankReport:  # fmt: skip

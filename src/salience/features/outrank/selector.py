@@ -71,6 +71,8 @@ class OutRankSelector(SelectorMixin, BaseEstimator):
         X, y = validate_data(self, X, y, dtype=None, ensure_all_finite="allow-nan", ensure_min_samples=2)
         self._check_parameters(X.shape[1])
         target = self._target(y)
+        if len(np.unique(target.codes)) < 2:
+            raise InputError(f"y holds one value only, {y[0]!r}: there is nothing to tell apart")
         columns = [self._coded(str(at), X[:, at]) for at in range(X.shape[1])]
         below = np.array([len(column.values) for column in columns])
         codes = np.stack([column.codes for column in columns])

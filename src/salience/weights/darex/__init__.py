@@ -5,6 +5,7 @@ rescaling.py    by what to divide the entries that were kept: the bound, its bes
 pruner.py       the estimator: choose q on data, prune a model in memory
 adamr.py        the optimiser that decays towards the pre-trained weights
 diagnosis.py    how large a delta is, and which method is recommended for it
+pairing.py      which tensor of a base belongs to which of the fine-tuned model, where their heads differ
 directories.py  prune and merge model directories block by block
 delta_file.py   pruned deltas as a file of their own
 

@@ -185,6 +185,16 @@ def check_rates(p: float, q: float | None) -> float:
     return q
 
 
+def mask_seed(random_state: int, *use: int) -> int:
+    """The seed of the masks of one use: 0 what is written, (1, n) the n-th mask that q is chosen on.
+
+    Of a merge, model i adds its number. Seeds of different uses, and of different random states, share no mask.
+    """
+    if random_state < 0:
+        raise InputError(f"seed: got {random_state}; it must be at least 0")
+    return int(np.random.SeedSequence([random_state, *use]).generate_state(1, np.uint64)[0])
+
+
 def keep_mask(
     seed: int, name: str, shape: Sequence[int], keep: float, dim: int | None = None
 ) -> Bool[Tensor, "*shape"]:
@@ -212,14 +222,13 @@ def keep_block(seed: int, name: str, block: int, count: int, keep: float) -> Sha
     """The mask of the entries ``block * BLOCK`` and following, `count` of them at most BLOCK."""
     digest = xxhash.xxh3_64_intdigest(name.encode())
     stream = np.random.SFC64(np.random.SeedSequence([seed, digest, block]))
-    draws = stream.random_raw(-(-count // 4)).view(np.uint16)[:count]
-    # 16 bits an entry are quick to draw; the few that fall on the threshold itself are decided by a draw of their
+    draws = stream.random_raw(-(-count // 8)).view(np.uint8)[:count]
+    # 8 bits an entry are quick to draw; the 1 in 256 that falls on the threshold itself is decided by a draw of its
     # own, so that the probability is `keep` to double precision.
-    whole, rest = divmod(keep * 65536, 1)
-    if whole >= 65536:
+    whole, rest = divmod(keep * 256, 1)
+    if whole >= 256:
         return np.ones(count, dtype=bool)
-    mask = draws < np.uint16(whole)
-    ties = np.flatnonzero(draws == np.uint16(whole))
-    if len(ties):
-        mask[ties] = np.random.default_rng([seed, digest, block, 1]).random(len(ties)) < rest
+    mask = draws < np.uint8(whole)
+    ties = np.flatnonzero(draws == np.uint8(whole))
+    mask[ties] = np.random.default_rng([seed, digest, block, 1]).random(len(ties)) < rest
     return mask

@@ -15,8 +15,18 @@ from torch import Tensor
 
 from salience.errors import DataError, InputError, nearest
 from salience.model.shards import TensorStore, rewrite
-from salience.weights.darex.deltas import BLOCK, BUFFERS, HEADS, check_rates, importance_delta, keep_block, prunable
+from salience.weights.darex.deltas import (
+    BLOCK,
+    BUFFERS,
+    HEADS,
+    check_rates,
+    importance_delta,
+    keep_block,
+    mask_seed,
+    prunable,
+)
 from salience.weights.darex.diagnosis import DeltaStats, StatsSum
+from salience.weights.darex.pairing import in_names_of, is_own_part
 
 Divisor = float | Mapping[str, float]
 Method = Literal["linear", "task", "dare", "darex"]
@@ -24,17 +34,40 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tok
 
 
 class Pair(NamedTuple):
-    """What a base and a fine-tuned directory have in common: the tensors to prune, and whether it is a decoder."""
+    """What a base and a fine-tuned directory have in common, and what not.
+
+    Attributes
+    ----------
+    names : list of str
+        The tensors to prune, as the fine-tuned model calls them.
+    decoder : bool
+    stats : DeltaStats or None
+    added : list of str
+        Tensors that only the fine-tuned model has, such as a new head: they stay as fine-tuned.
+    """
 
     names: list[str]
     decoder: bool
-    stats: DeltaStats
+    stats: DeltaStats | None
+    added: list[str]
 
 
-def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Sequence[str] = HEADS) -> Pair:
-    """Check that two directories are a base and its fine-tuned model; reads the weights once.
+def check_pair(
+    base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Sequence[str] = HEADS, look: bool = True
+) -> Pair:
+    """Check that two directories are a base and its fine-tuned model.
 
-    The vocabulary may have grown: then the rows of new tokens stay as fine-tuned.
+    Heads may differ: what only the base has is not looked at, what only the fine-tuned model has stays as it is, and
+    the body may be named with or without the prefix of a model with a head. The vocabulary may have grown: then the
+    rows of new tokens stay as fine-tuned.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+    exclude : sequence of str
+        Tensors that are not compared: the head.
+    look : bool
+        Read the weights once, for the statistics and to see that the delta is finite.
 
     Raises
     ------
@@ -46,19 +79,21 @@ def check_pair(base: str | os.PathLike, tuned: str | os.PathLike, *, exclude: Se
         _same_family(before.path, after.path)
         grown = _same_vocabulary(before.path, after.path, may_grow=True)
         decoder = _decoder(after.path)
-        _same_tensors(before, after, exclude, grown)
-        names = [name for name in prunable(after.entries, decoder=decoder, exclude=exclude) if _real(after, name)]
+        partner = _same_tensors(before, after, exclude, grown)
+        body = prunable(after.entries, decoder=decoder, exclude=exclude)
+        names = [name for name in body if name in partner and _real(after, name)]
         sums = StatsSum()
-        for name in names:
-            shared = before.entries[name].size
-            for start, stop in before.entries[name].pieces(BLOCK):
-                old, new = before.read(name, start, stop), after.read(name, start, min(stop, shared))
+        for name in names if look else ():
+            entry = before.entries[partner[name]]
+            for start, stop in entry.pieces(BLOCK):
+                old, new = before.read(partner[name], start, stop), after.read(name, start, min(stop, entry.size))
                 if not torch.isfinite(new.float() - old.float()).all():
                     raise DataError(f"{after.path}: {name!r} minus that of {before.path} is not finite")
                 sums.add(name, old, new)
+        added = sorted(after.entries.keys() - partner.keys())
     if not names:
         raise InputError("exclude: leaves no tensor to prune")
-    return Pair(names, decoder, sums.result())
+    return Pair(names, decoder, sums.result() if look else None, added)
 
 
 def prune_directory(
@@ -88,6 +123,7 @@ def prune_directory(
     seed : int
         Of the masks; each entry is drawn from seed, name and index alone, as in `DeltaPruner`.
     overwrite : bool
+        Replace a model at `out`; never an input.
 
     Returns
     -------
@@ -96,32 +132,35 @@ def prune_directory(
     """
     chosen = set(names)
     divisors = {name: check_rates(rate, q[name] if isinstance(q, Mapping) else q) for name in names}
-    with TensorStore(base) as before:
+    with TensorStore(base) as before, TensorStore(tuned) as after:
+        partner = in_names_of(before.entries, after.entries)
+        if missing := sorted(chosen - partner.keys()):
+            raise InputError(f"names: {os.fspath(base)} has no {missing[0]!r}; take them from check_pair")
         if method == "magnitude":
 
             def whole(name: str, tensor: Tensor) -> Tensor:
                 if name not in chosen:
                     return tensor
-                old, new = before.read(name).float(), tensor.float()
+                old, new = before.read(partner[name]).float(), tensor.float()
                 rows = old.shape[0] if old.ndim else 1
                 shared = new[:rows] if old.ndim else new
                 shared.copy_(importance_delta(shared - old, rate).add_(old))
                 return new
 
-            return rewrite(tuned, out, whole, overwrite=overwrite)
+            return rewrite(tuned, out, whole, inputs=[base], overwrite=overwrite)
 
         def piece(name: str, new: Tensor, start: int) -> Tensor:
             if name not in chosen:
                 return new
-            stop = min(start + len(new), before.entries[name].size)
+            stop = min(start + len(new), before.entries[partner[name]].size)
             if stop <= start:
                 return new  # rows of new tokens
-            old = before.read(name, start, stop).float()
+            old = before.read(partner[name], start, stop).float()
             delta = _thinned(new[: stop - start].float().sub_(old), seed, name, start, rate)
             pruned = old.add_(delta, alpha=1 / divisors[name])
             return torch.cat([pruned, new[stop - start :].float()]) if len(pruned) < len(new) else pruned
 
-        return rewrite(tuned, out, piece, block=BLOCK, overwrite=overwrite)
+        return rewrite(tuned, out, piece, block=BLOCK, inputs=[base], overwrite=overwrite)
 
 
 def merge_directories(
@@ -164,7 +203,7 @@ def merge_directories(
         Of darex.
     exclude : sequence of str
     seed : int
-        Model i has its own masks.
+        Model i has its own masks, which no other model and no other seed shares.
     overwrite : bool
 
     Returns
@@ -181,6 +220,7 @@ def merge_directories(
         finite.
     """
     shares = _shares(models, weights)
+    seeds = [mask_seed(seed, number) for number in range(len(models))]
     needs_base = method != "linear"
     if needs_base == (base is None):
         raise InputError(f"base: {'is needed by' if needs_base else 'means nothing to'} method {method!r}")
@@ -189,7 +229,7 @@ def merge_directories(
     with ExitStack() as stack:
         stores = [stack.enter_context(TensorStore(model)) for model in models]
         before = stack.enter_context(TensorStore(base)) if base is not None else None
-        body = _check_models(stores, before, exclude)
+        body, partner = _check_models(stores, before, exclude)
         pruned = {name for name in body if _real(stores[0], name)} if method in ("dare", "darex") else set()
         divisors = {name: check_rates(rate, q[name] if isinstance(q, Mapping) else q) for name in pruned}
         total = sum(shares)
@@ -200,26 +240,28 @@ def merge_directories(
             if not first.is_floating_point():
                 return first  # counters and indices: those of the first model
             stop = start + len(first)
-            old = _base_piece(before, name, start, stop)
-            result = torch.zeros(len(first)) if old is None else old.clone()
+            old = None if before is None else _base_piece(before, partner, name, start, stop)
+            result = torch.zeros(0) if old is None else old.clone()
             for number, (store, share) in enumerate(zip(stores, shares, strict=True)):
                 part = (first if number == 0 else store.read(name, start, stop)).float()
                 factor = share / total if old is None else share
                 if old is not None:
                     part.sub_(old)
                     if name in pruned:
-                        part = _thinned(part, seed + number, name, start, rate)
+                        part = _thinned(part, seeds[number], name, start, rate)
                         factor /= divisors[name]
-                result.add_(part, alpha=factor)
+                result = result.add_(part, alpha=factor) if len(result) else part.mul_(factor)
             return result
 
-        return rewrite(models[0], out, merged, block=BLOCK, overwrite=overwrite)
+        others = [*models[1:], *([base] if base is not None else [])]
+        return rewrite(models[0], out, merged, block=BLOCK, inputs=others, overwrite=overwrite)
 
 
 def _thinned(delta: Tensor, seed: int, name: str, start: int, rate: float) -> Tensor:
     """A flat piece without the entries that are dropped; `start` is a multiple of BLOCK."""
     mask = keep_block(seed, name, start // BLOCK, len(delta), 1 - rate)
-    return delta.mul_(torch.from_numpy(mask))
+    np.multiply(delta.numpy(), mask, out=delta.numpy())  # several times as fast as torch's with a boolean
+    return delta
 
 
 def _real(store: TensorStore, name: str) -> bool:
@@ -227,11 +269,11 @@ def _real(store: TensorStore, name: str) -> bool:
     return store.entries[name].dtype.is_floating_point
 
 
-def _base_piece(before: TensorStore | None, name: str, start: int, stop: int) -> Tensor | None:
-    """The base's part of a tensor in float32; None where there is no base for it, or it is a running statistic."""
-    if before is None or name not in before.entries or name.split(".")[-1] in BUFFERS:
+def _base_piece(before: TensorStore, partner: Mapping[str, str], name: str, start: int, stop: int) -> Tensor | None:
+    """The base's part of a tensor in float32; None where it has none, or it is a running statistic."""
+    if name not in partner or name.split(".")[-1] in BUFFERS:
         return None
-    return before.read(name, start, stop).float()
+    return before.read(partner[name], start, stop).float()
 
 
 def _shares(models: Sequence[object], weights: Sequence[float] | None) -> list[float]:
@@ -244,36 +286,53 @@ def _shares(models: Sequence[object], weights: Sequence[float] | None) -> list[f
     return [float(weight) for weight in weights]
 
 
-def _check_models(stores: Sequence[TensorStore], before: TensorStore | None, exclude: Sequence[str]) -> set[str]:
-    """Check that all models belong together; gives the tensors whose delta is pruned by dare and darex."""
+def _check_models(
+    stores: Sequence[TensorStore], before: TensorStore | None, exclude: Sequence[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Check that all models belong together; gives the tensors whose delta is pruned, and the base's names by ours."""
     first = stores[0]
     for other in [*stores[1:], *([before] if before else [])]:
         _same_family(first.path, other.path)
         _same_vocabulary(first.path, other.path, may_grow=False)
     for store in stores[1:]:
-        _same_tensors(first, store, (), grown=False)
-    if before is not None:  # the base may have another head, but not one of the same name and another shape
-        _same_tensors(before, first, exclude, grown=False)
-        for name in first.entries.keys() & before.entries.keys():
-            if before.entries[name].shape != first.entries[name].shape:
-                raise DataError(f"{name!r} has another shape in {before.path} than in {first.path}")
-    return set(prunable(first.entries, decoder=_decoder(first.path), exclude=exclude))
+        _same_tensors(first, store, (), grown=False, same_head=True)
+    body = set(prunable(first.entries, decoder=_decoder(first.path), exclude=exclude))
+    if before is None:
+        return body, {}
+    # The base may have another head, but not one of the same name and another shape.
+    partner = _same_tensors(before, first, exclude, grown=False)
+    for name, own in partner.items():
+        if before.entries[own].shape != first.entries[name].shape:
+            raise DataError(f"{name!r} has another shape in {before.path} than in {first.path}")
+    return body & partner.keys(), partner
 
 
-def _same_tensors(before: TensorStore, after: TensorStore, exclude: Sequence[str], grown: bool) -> None:
-    """What is not excluded must be in both, with one shape; with `grown`, embeddings may have more rows."""
-    for name in prunable(sorted(before.entries.keys() | after.entries.keys()), decoder=False, exclude=exclude):
-        for store, there in ((before, after), (after, before)):
-            if name not in store.entries:
-                near = nearest(name, store.entries)
+def _same_tensors(
+    before: TensorStore, after: TensorStore, exclude: Sequence[str], grown: bool, same_head: bool = False
+) -> dict[str, str]:
+    """Gives the first's name of each tensor that both have, by the second's name.
+
+    What is not excluded must have one shape, but with `grown` embeddings may have more rows. Without `same_head`
+    either may have parts that the other lacks as a whole.
+    """
+    partner = {name: name for name in before.entries} if same_head else in_names_of(before.entries, after.entries)
+    for name in prunable(sorted(partner.keys() | after.entries.keys()), decoder=False, exclude=exclude):
+        if name not in partner or name not in after.entries:
+            store, names = (after, after.entries) if name in partner else (before, partner)
+            entry = before.entries[partner[name]] if name in partner else after.entries[name]
+            if same_head or (entry.dtype.is_floating_point and not is_own_part(name, names)):
+                there = before if store is after else after
+                near = nearest(name, names)
                 raise DataError(f"{store.path}: has no tensor {name!r}, which is in {there.path}; {near}")
-        old, new = before.entries[name], after.entries[name]
+            continue
+        old, new = before.entries[partner[name]], after.entries[name]
         taller = grown and len(old.shape) == 2 and old.shape[1:] == new.shape[1:] and new.shape[0] > old.shape[0]
         if old.shape != new.shape and not taller:
             raise DataError(f"{name!r} has shape {old.shape} in {before.path} and {new.shape} in {after.path}")
         for entry in (old, new):
             if len(entry.shape) > 1 and not entry.dtype.is_floating_point:
                 raise DataError(f"{entry.file}: {name!r} has dtype {entry.dtype}; dequantise the weights first")
+    return {name: own for name, own in partner.items() if name in after.entries}
 
 
 def _same_family(one: Path, two: Path) -> None:
@@ -304,8 +363,11 @@ def _same_vocabulary(one: Path, two: Path, may_grow: bool) -> bool:
     return grown
 
 
-def _vocabulary(file: Path) -> dict[str, object] | bytes:
+def _vocabulary(file: Path) -> dict[str, object] | list[str] | bytes:
     """What decides which token a number stands for; how texts are padded or cut does not."""
+    if file.suffix == ".txt":
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return [line for line in lines if not line.startswith("#version")] if file.name == "merges.txt" else lines
     if file.suffix != ".json":
         return file.read_bytes()
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -316,7 +378,9 @@ def _vocabulary(file: Path) -> dict[str, object] | bytes:
     if isinstance(vocabulary, list):
         vocabulary = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return {**vocabulary, **added, "\0merges": json.dumps(model.get("merges")), "\0type": model.get("type")}
+    # One merge is written "a b" by older versions and ["a", "b"] by newer ones.
+    merges = [each.split(" ") if isinstance(each, str) else each for each in model.get("merges") or []]
+    return {**vocabulary, **added, "\0merges": json.dumps(merges), "\0type": model.get("type")}
 
 
 def _config(path: Path) -> dict:

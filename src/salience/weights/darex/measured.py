@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,14 +16,16 @@ from salience.errors import InputError
 from salience.model.loading import Loaded, load
 from salience.model.shards import TensorStore, rewrite
 from salience.weights.darex.delta_file import load_delta, save_delta
-from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask
+from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, mask_seed
 from salience.weights.darex.diagnosis import DeltaStats, Recommendation, recommend
 from salience.weights.darex.directories import Divisor, Pair, check_pair, merge_directories, prune_directory
-from salience.weights.darex.pruner import DeltaPruner
+from salience.weights.darex.pruner import DeltaPruner, is_decoder
 from salience.weights.darex.rescaling import search
 from salience.weights.evaluation import Comparison, Evaluation, compare
+from salience.weights.model_output import model_output, put_directory, work_folder
 
 Step = Callable[[str], None]
+_FLATTERS = "the same command chose q and measured it, on other masks: its figure flatters somewhat"
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Changed:
     comparison : Comparison or None
         The result under the name of its method, beside inputs and baselines.
     against : str
-        The baseline that decides.
+        The baseline that decides: the best one of equal size.
     stats : DeltaStats or None
     recommendation : Recommendation or None
     search : list of (float, float)
@@ -101,38 +102,46 @@ def compress_delta(
         raise InputError(f"rescale: belongs to darex; {method} has none to choose")
     if method == "darex" and isinstance(rescale, str) and evaluation is None:
         raise InputError("rescale: give data or a command to choose q on, or q itself, or take method 'dare'")
-    step("checking the models")
-    pair = check_pair(base, tuned, exclude=exclude)
-    with _folder(out) as folder:
+    as_file = Path(out).suffix == ".safetensors"
+    with model_output(out, overwrite, [base, tuned], evaluation) as output:
+        work = work_folder(output)
+        step("checking the models")
+        pair = check_pair(base, tuned, exclude=exclude)
+        if as_file:
+            _check_restorable(base, tuned)
         chosen, measured = _parts(evaluation)
         step("choosing q")
-        result = _chosen(base, tuned, pair, chosen, folder, method, rate, rescale, selection, exclude, seed)
+        result = _chosen(base, tuned, pair, chosen, work, method, rate, rescale, selection, exclude, seed)
         result.out, result.stats = os.fspath(out), pair.stats
+        if pair.added:
+            some = ", ".join(pair.added[:4]) + (f" and {len(pair.added) - 4} more" if len(pair.added) > 4 else "")
+            result.notes.append(f"only the fine-tuned model has {some}: kept as fine-tuned")
+        assert pair.stats is not None
         result.recommendation = recommend(
             pair.stats, can_train=False, has_labels=evaluation is not None, decoder=pair.decoder
         )
 
-        def pruned(name: str, q: Divisor | None, how: Literal["random", "magnitude"] = "random") -> Path:
-            return prune_directory(base, tuned, folder / name, pair.names, rate=rate, q=q, method=how, seed=seed)
+        def pruned(name: str, q: Divisor | None = None) -> Path:
+            how: Literal["random", "magnitude"] = "magnitude" if name == "magnitude" else "random"
+            return prune_directory(base, tuned, work / name, pair.names, rate=rate, q=q, method=how, seed=final)
 
+        final = mask_seed(seed, 0)
+        model = pruned(method, result.q) if measured is not None or not as_file else None
         if measured is not None:
             step("measuring")
-            models: dict[str, Any] = {"fine-tuned": tuned, method: None, "dare": None, "magnitude": None}
-            models[method] = pruned(method, result.q, "magnitude" if method == "magnitude" else "random")
-            for name in {"dare", "magnitude"} - {method}:
-                models[name] = pruned(name, None, "magnitude" if name == "magnitude" else "random")
+            models: dict[str, Any] = {"fine-tuned": tuned, method: model}
+            models |= {name: pruned(name) for name in ("dare", "magnitude") if name != method}
             if _same_names(base, tuned):
                 models["base"] = base
             result.comparison = compare(measured, models)
-            result.against = "magnitude" if method == "dare" else "dare"
+            result.against = _best(result.comparison, [name for name in ("dare", "magnitude") if name != method])
         step("writing")
-        if Path(out).suffix == ".safetensors":
-            _write_delta(base, tuned, Path(out), pair, method, rate, result.q, exclude, seed, overwrite)
-        else:
-            how: Literal["random", "magnitude"] = "magnitude" if method == "magnitude" else "random"
-            prune_directory(
-                base, tuned, out, pair.names, rate=rate, q=result.q, method=how, seed=seed, overwrite=overwrite
-            )
+        record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": result.q, "seed": seed}
+        if as_file:
+            _write_delta(base, tuned, output.file(), pair, {**record, "mask seed": final})
+        elif model is not None:
+            put_directory(output, model)
+        output.commit({"command": "compress delta", **record})
     return result
 
 
@@ -165,19 +174,23 @@ def merge_deltas(
     step : callable
         Told what is done next.
     """
-    with _folder(out) as folder:
+    if Path(out).suffix == ".safetensors":
+        raise InputError(f"out: {os.fspath(out)} must name a directory: a merged model is written whole")
+    inputs = [*models, *([base] if base is not None else [])]
+    with model_output(out, overwrite, inputs, evaluation) as output:
+        work = work_folder(output)
         directories = [
-            _restored(model, base, folder / f"model {number}") if Path(model).is_file() else Path(model)
+            _restored(model, base, work / f"model {number}") if Path(model).is_file() else Path(model)
             for number, model in enumerate(models)
         ]
         chosen, measured = _parts(evaluation)
         tried: list[tuple[float, float]] = []
         branch = f"{method}: q as given" if q is not None else f"{method}: no q to choose"
 
-        def merged(to: Path, how: str, divisor: float | None, replaced: bool = False) -> Path:
+        def merged(name: str, how: str, divisor: float | None = None, use: int = 0, replaced: bool = False) -> Path:
             return merge_directories(
-                directories, to, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
-                weights=weights, rate=rate, q=divisor, exclude=exclude, seed=seed, overwrite=replaced,
+                directories, work / name, base=None if how == "linear" else base, method=how,  # type: ignore[arg-type]
+                weights=weights, rate=rate, q=divisor, exclude=exclude, seed=mask_seed(seed, use), overwrite=replaced,
             )  # fmt: skip
 
         if method == "darex" and q is None:
@@ -187,29 +200,39 @@ def merge_deltas(
             sign = 1 if chosen.higher_is_better else -1
 
             def judge(candidate: float) -> float:
-                return sign * float(chosen.score(merged(folder / "candidate", "darex", candidate, True)).mean())
+                return sign * float(chosen.score(merged("candidate", "darex", candidate, 1, True)).mean())
 
             found = search(judge, 1 - rate, 1.0, min(0.2, 5 * (1 - rate)))
             q, tried, branch = found.best, found.trials, f"darex: one q for all layers by validation: {found.best:g}"
         result = Changed(os.fspath(out), method, q, branch, search=tried)
-        result.against = "dare" if method == "darex" else "mean"
+        if tried and chosen is not None and chosen.kind == "command":
+            result.notes.append(_FLATTERS)
+        step("merging")
+        model = merged("merged", method, q)
         if measured is not None:
             step("measuring")
-            shown: dict[str, Any] = {method: merged(folder / "merged", method, q)}
+            shown: dict[str, Any] = {method: model}
             if method != "linear":
-                shown["mean"] = merged(folder / "mean", "linear", None)
+                shown["mean"] = merged("mean", "linear")
             if method == "darex":
-                shown["dare"] = merged(folder / "dare", "dare", None)
+                shown["dare"] = merged("dare", "dare")
             for number, directory in enumerate(directories):
                 shown[f"model {number + 1}"] = directory
             result.comparison = compare(measured, shown)
-            if method == "linear":
-                scores = {name: float(values.mean()) for name, values in result.comparison.scores.items()}
-                rest = [name for name in scores if name != method]
-                result.against = (max if measured.higher_is_better else min)(rest, key=lambda name: scores[name])
+            rivals: list[str] = [name for name in shown if name in ("mean", "dare")] or [
+                n for n in shown if n != method
+            ]
+            result.against = _best(result.comparison, rivals)
         step("writing")
-        merged(Path(out), method, q, overwrite)
+        put_directory(output, model)
+        record = {"models": [str(each) for each in models], "base": base and str(base), "weights": weights}
+        output.commit({"command": "merge delta", **record, "method": method, "rate": rate, "q": q, "seed": seed})
     return result
+
+
+def _best(comparison: Comparison, names: Sequence[str]) -> str:
+    sign = 1 if comparison.higher_is_better else -1
+    return max(names, key=lambda name: sign * float(comparison.scores[name].mean()))
 
 
 def _parts(evaluation: Evaluation | None) -> tuple[Evaluation | None, Evaluation | None]:
@@ -251,19 +274,20 @@ def _chosen(
 
         def judge(q: float) -> float:
             to = folder / "candidate"
-            prune_directory(base, tuned, to, pair.names, rate=rate, q=q, seed=seed + 1, overwrite=True)
+            prune_directory(base, tuned, to, pair.names, rate=rate, q=q, seed=mask_seed(seed, 1, 0), overwrite=True)
             return sign * float(evaluation.score(to).mean())
 
         found = search(judge, 1 - rate, 1.0, min(0.05, 5 * (1 - rate)))
         result.q, result.search = found.best, found.trials
         result.branch = f"darex: one q for all layers by the command: {found.best:g}"
-        result.notes.append("the same command chose q and measured it, on other masks: its figure flatters somewhat")
+        result.notes.append(_FLATTERS)
         return result
     before, after = load(base), load(tuned)
     if set(pair.names) - {name for name, _ in after.model.named_parameters(remove_duplicate=False)}:
         rescale = "global"
         result.notes.append("the model stores its tensors under other names than it loads them: one q for all layers")
-    inputs = evaluation.inputs(after)
+    decoder = is_decoder(after.model)
+    inputs = evaluation.inputs(after, rows=100 if decoder else 50, tokens=256 if decoder else 128)  # as the authors
     way: Any = rescale
     pruner = DeltaPruner(rate=rate, rescale=way, selection=selection, exclude=exclude, random_state=seed)
     pruner.fit(
@@ -276,36 +300,34 @@ def _chosen(
     return result
 
 
-def _write_delta(
-    base: str | os.PathLike,
-    tuned: str | os.PathLike,
-    out: Path,
-    pair: Pair,
-    method: str,
-    rate: float,
-    q: Divisor | None,
-    exclude: Sequence[str],
-    seed: int,
-    overwrite: bool,
-) -> None:
-    from salience.io import Output
+def _check_restorable(base: str | os.PathLike, tuned: str | os.PathLike) -> None:
+    """Refuse a delta file of a model that base and delta alone would not give back."""
+    one, two = (json.loads((Path(each) / "config.json").read_text(encoding="utf-8")) for each in (base, tuned))
+    other = [f"{key} in config.json" for key in ("architectures", "id2label") if one.get(key) != two.get(key)]
+    if not _same_names(base, tuned):
+        other.insert(0, "names or shapes of tensors, as of a new head")
+    if other:
+        raise InputError(
+            f"out: {os.fspath(tuned)} differs from {os.fspath(base)} in {' and '.join(other)}, which a delta file does "
+            "not hold; name a directory"
+        )
 
+
+def _write_delta(
+    base: str | os.PathLike, tuned: str | os.PathLike, path: Path, pair: Pair, record: Mapping[str, Any]
+) -> None:
     deltas, whole = {}, {}
     with TensorStore(base) as before, TensorStore(tuned) as after:
-        for name, entry in after.entries.items():
+        for name in after.entries:
             if name not in pair.names:
                 tensor = after.read(name)
                 if name not in before.entries or not torch.equal(tensor, before.read(name)):
                     whole[name] = tensor
                 continue
-            if before.entries[name].shape != entry.shape:
-                raise InputError(f"out: the vocabulary has grown ({name!r}); write a directory instead of a delta file")
             delta = after.read(name).float() - before.read(name).float()
-            deltas[name] = _thin(delta, name, method, rate, q, seed).to_sparse()
-    record = {"base": str(base), "tuned": str(tuned), "method": method, "rate": rate, "q": q, "seed": seed}
-    with Output(out, overwrite) as output:
-        save_delta(output.file(), deltas, whole=whole, record=record)
-        output.commit({"command": "compress delta", **record})
+            thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["mask seed"])
+            deltas[name] = thinned.to_sparse()
+    save_delta(path, deltas, whole=whole, record=record)
 
 
 def _thin(delta: Tensor, name: str, method: str, rate: float, q: Divisor | None, seed: int) -> Tensor:
@@ -323,7 +345,7 @@ def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path
     with TensorStore(base) as store:
         stray = sorted((deltas.keys() | whole.keys()) - store.entries.keys())
     if stray:
-        raise InputError(f"{os.fspath(file)}: belongs to another base; {os.fspath(base)} has no tensor {stray[0]!r}")
+        raise InputError(f"base: {os.fspath(base)} has no tensor {stray[0]!r}, which the delta {os.fspath(file)} has")
 
     def add(name: str, tensor: Tensor) -> Tensor:
         if name in whole:
@@ -336,13 +358,3 @@ def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path
 def _same_names(base: str | os.PathLike, tuned: str | os.PathLike) -> bool:
     with TensorStore(base) as one, TensorStore(tuned) as two:
         return {n: e.shape for n, e in one.entries.items()} == {n: e.shape for n, e in two.entries.items()}
-
-
-@contextmanager
-def _folder(out: str | os.PathLike):
-    """A folder for models that are only measured, beside the output: the system's own may be small."""
-    parent = Path(out).resolve().parent
-    if not parent.is_dir():
-        raise InputError(f"out: folder {parent} does not exist")
-    with tempfile.TemporaryDirectory(prefix=".salience-", dir=parent) as name:
-        yield Path(name)

@@ -15,9 +15,10 @@ from torch.func import functional_call
 
 from salience.errors import DataError, InputError, nearest
 from salience.model.at import logits_of, run, training_mode
-from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, prunable
+from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, mask_seed, prunable
 from salience.weights.darex.diagnosis import DeltaStats, delta_stats
-from salience.weights.darex.observing import change_of, input_axes, input_statistics, outputs_of
+from salience.weights.darex.observing import input_axes, input_statistics, outputs_before, outputs_of
+from salience.weights.darex.pairing import in_names_of, is_own_part
 from salience.weights.darex.rescaling import analytic_q, search
 
 _METHODS = ("darex", "dare", "magnitude", "wanda")
@@ -163,10 +164,10 @@ class DeltaPruner(BaseEstimator):
 
     @property
     def _final_seed(self) -> int:
-        return int(np.random.SeedSequence([self.random_state, 0]).generate_state(1, np.uint64)[0])
+        return mask_seed(self.random_state, 0)
 
     def _mask_seed(self, number: int) -> int:
-        return int(np.random.SeedSequence([self.random_state, 1, number]).generate_state(1, np.uint64)[0])
+        return mask_seed(self.random_state, 1, number)
 
     def _check(self) -> None:
         check_rates(self.rate, None)
@@ -243,7 +244,7 @@ class DeltaPruner(BaseEstimator):
             return by_score, "validation"
         _needed(inputs)
         with torch.no_grad():
-            outputs = [outputs_of(self.tuned_, batch, decoder) for batch in inputs]
+            outputs = [outputs_before(outputs_of(self.tuned_, batch, decoder), batch, decoder) for batch in inputs]
 
         def by_output(q: Any) -> float:
             changes = []
@@ -251,7 +252,7 @@ class DeltaPruner(BaseEstimator):
                 self._write(work, self._pruned(mask, q))
                 with torch.no_grad():
                     parts = [
-                        change_of(outputs_of(work, batch, decoder), before, decoder)
+                        before.change(outputs_of(work, batch, decoder))
                         for batch, before in zip(inputs, outputs, strict=True)
                     ]
                 changes.append(float(torch.stack(parts).mean()))
@@ -339,8 +340,8 @@ class DeltaPruner(BaseEstimator):
                 weights[name] = torch.cat([new, held[name][len(base) :]]) if new.shape != held[name].shape else new
             after = logits_of(_call(self.tuned_, weights, batch)).float()
             with torch.no_grad():
-                before = logits_of(run(self.tuned_, batch)).float()
-            return change_of(after, before, top=True)
+                before = outputs_before(logits_of(run(self.tuned_, batch)).float(), batch, top=True)
+            return before.change(after)
 
         best, waited, chosen = float("inf"), 0, coefficients.detach().clone()
         with torch.enable_grad():
@@ -391,7 +392,9 @@ def _deltas(
     names = [name for name, parameter in named.items() if all(other in kept for other in aliases[id(parameter)])]
     if not names:
         raise InputError("exclude: leaves no tensor to prune")
-    before, weights = dict(base.named_parameters()), {}
+    own, weights = dict(base.named_parameters()), {}
+    before = {name: own[other] for name, other in in_names_of(own, named).items()}
+    names = [name for name in names if name in before or not is_own_part(name, before)]  # new heads stay as they are
     for name in names:
         if name not in before:
             raise DataError(f"base: has no {name!r}; exclude it if fine-tuning added it; {nearest(name, before)}")

@@ -64,7 +64,7 @@ def analytic_q(
 
         q_i = argmin_q | eta (1 - (1-p)/q) S1 + eta^2 Phi(p) S2 / (4 q^2) + ln(2/gamma) |
 
-    over q from 1 - p to 0.999 in steps of 0.001. The layer's q is the mean of its rows.
+    over q from 1 - p to 0.999 in steps of 0.001 (at p of 0.001 and less 1 - p is all there is). The layer's q is the mean of its rows.
 
     Parameters
     ----------
@@ -91,7 +91,8 @@ def analytic_q(
         raise InputError(f"eta: got {eta!r}; it must be positive")
     s1, s2 = c.double().sum(1), c.double().square().sum(1)
     constant, spread = math.log(2 / _probability(gamma)), phi(p)
-    grid = torch.from_numpy(np.arange(1 - p, 0.999, _Q_STEP)).to(s1.device)[:, None]
+    points = np.arange(1 - p, 0.999, _Q_STEP)
+    grid = torch.from_numpy(points if len(points) else np.array([1 - p])).to(s1.device)[:, None]
     value = (eta * (1 - (1 - p) / grid) * s1 + eta**2 * spread * s2 / (4 * grid**2) + constant).abs()
     lowest = value.cummin(0).values
     passed = (value[1:] >= lowest[:-1]).int().cummax(0).values.bool()  # a row has passed its best

@@ -87,24 +87,29 @@ def match_weights(
     fixed = {name: _wide(state_a[name]) for name in spec.axes_to_perm}
     moving = apply_permutation(spec, permutations, {name: _wide(state_b[name]) for name in spec.axes_to_perm})
     # Running statistics move along, but only what was learned decides.
-    names, sweeps, gained = list(spec.sizes), 0, True
+    names, sweeps = list(spec.sizes), 0
     places = {perm: [place for place in axes if _learned(place[0])] for perm, axes in spec.perm_to_axes.items()}
-    while gained and sweeps < max_iter:
-        gained, sweeps = False, sweeps + 1
+    rows = {place: _units(fixed[place[0]], place[1], spec.sizes[perm]) for perm in names for place in places[perm]}
+    pending = set(names)  # a layer whose neighbours have not moved since cannot gain
+    while pending and sweeps < max_iter:
+        sweeps += 1
         for number in torch.randperm(len(names), generator=draw).tolist():
             name = names[number]
+            if name not in pending:
+                continue
+            pending.remove(name)
             size = spec.sizes[name]
             gain = np.zeros((size, size))
             for tensor, axis in places[name]:
-                gain += (_units(fixed[tensor], axis, size) @ _units(moving[tensor], axis, size).T).numpy()
+                gain += (rows[tensor, axis] @ _units(moving[tensor], axis, size).T).numpy()
             order = linear_sum_assignment(gain, maximize=True)[1]
             # What moves is permuted already, so that the present permutation is the identity here.
             if gain[np.arange(size), order].sum() > gain.trace() + 1e-12 and (order != np.arange(size)).any():
-                gained = True
                 step = torch.from_numpy(order)
                 permutations[name] = permutations[name][step]
                 for tensor, axis in places[name]:
                     moving[tensor] = take_units(moving[tensor], axis, step)
+                    pending |= {perm for perm in spec.axes_to_perm[tensor] if perm not in (None, name)}
     objective = sum(float((fixed[name] * moving[name]).sum(dtype=torch.float64)) for name in fixed if _learned(name))
     return Matching(permutations, objective, sweeps)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from salience.errors import DataError, InputError
 from salience.model.loading import Loaded, load
 from salience.weights.evaluation import Comparison, Evaluation, compare
+from salience.weights.model_output import model_output, work_folder
 from salience.weights.weight_matching.alignment import distance_reduction, singular_alignment
 from salience.weights.weight_matching.matching import match_activations, match_weights
 from salience.weights.weight_matching.merging import interpolate, merge_many, recalibrate_norms
@@ -84,13 +83,34 @@ def merge_permuted(
     """
     if len(models) < 2:
         raise InputError(f"models: got {len(models)}; two or more are needed")
-    if Path(out).suffix == ".safetensors" and Path(out).exists() and not overwrite:
-        raise InputError(f"out: {out} exists; overwrite=True replaces it")
+    with model_output(out, overwrite, models, evaluation) as output:
+        result, best = _merged(models, out, work_folder(output), evaluation, arch, method, mode, example, seed, step)
+        step("writing")
+        _save(best, output.file() if _is_file(out) else output.folder)
+        output.commit({"command": "merge permute", "models": [str(each) for each in models], "arch": arch,
+                       "method": method, "mode": mode, "seed": seed})  # fmt: skip
+    return result
+
+
+def _merged(
+    models: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    work: Path,
+    evaluation: Evaluation | None,
+    arch: str | None,
+    method: str,
+    mode: Literal["reference", "mean"],
+    example: Any,
+    seed: int,
+    step: Callable[[str], None],
+) -> tuple[Permuted, Loaded]:
     step("loading")
     loaded = [load(model, arch=arch) for model in models]
     kinds = {type(each.model).__name__ for each in loaded}
     if len(kinds) > 1:
         raise DataError(f"models: are of different classes: {', '.join(sorted(kinds))}")
+    if not (_is_file(out) or hasattr(loaded[0].model, "save_pretrained")):
+        raise InputError(f"out: {os.fspath(out)} must end in .safetensors, as the models do")
     states = [{name: value.clone() for name, value in each.model.state_dict().items()} for each in loaded]
     network = loaded[0].model
     data = evaluation is not None and evaluation.kind != "command"
@@ -137,25 +157,22 @@ def merge_permuted(
         return Loaded(other.eval(), loaded[0].processor)
 
     best = filled(merged)
-    with tempfile.TemporaryDirectory(prefix=".salience-", dir=Path(out).resolve().parent) as folder:
-        if measured is not None:
-            step("measuring")
-            shown: dict[str, Any] = {"permuted mean": best, "plain mean": filled(plain)}
-            shown |= {f"model {number + 1}": each for number, each in enumerate(loaded)}
-            if not data:
-                shown = {name: _saved(each, Path(folder) / name.replace(" ", "-"), out) for name, each in shown.items()}
-            result.comparison = compare(measured, shown)
-        if data and measured is not None and len(models) == 2:
-            step("measuring the line between the two")
-            for name, second in (("as trained", states[1]), ("permuted", permuted[1])):
-                points = [t / (_LINE - 1) for t in range(_LINE)]
-                result.line[name] = [
-                    float(measured.score(filled(interpolate(states[0], second, t), 0 < t < 1)).mean()) for t in points
-                ]
-        step("writing")
-        final = _saved(best, Path(folder) / "final", out)
-        _move(final, Path(out), overwrite)
-    return result
+    if measured is not None:
+        step("measuring")
+        shown: dict[str, Any] = {"permuted mean": best, "plain mean": filled(plain)}
+        shown |= {f"model {number + 1}": each for number, each in enumerate(loaded)}
+        if not data:
+            ending = ".safetensors" if _is_file(out) else ""
+            shown = {name: _save(each, work / (name.replace(" ", "-") + ending)) for name, each in shown.items()}
+        result.comparison = compare(measured, shown)
+    if data and measured is not None and len(models) == 2:
+        step("measuring the line between the two")
+        for name, second in (("as trained", states[1]), ("permuted", permuted[1])):
+            points = [t / (_LINE - 1) for t in range(_LINE)]
+            result.line[name] = [
+                float(measured.score(filled(interpolate(states[0], second, t), 0 < t < 1)).mean()) for t in points
+            ]
+    return result, best
 
 
 def _head(batch: Any) -> Any:
@@ -169,28 +186,17 @@ def _mean(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return merged
 
 
-def _saved(loaded: Loaded, path: Path, out: str | os.PathLike) -> Path:
+def _is_file(out: str | os.PathLike) -> bool:
+    return Path(out).suffix == ".safetensors"
+
+
+def _save(loaded: Loaded, path: Path) -> Path:
     """Write a network as the models came: a directory, or one file."""
     model: Any = loaded.model
-    if Path(out).suffix == ".safetensors":
-        path = path.with_suffix(".safetensors")
+    if _is_file(path):
         save_model(model, str(path))
         return path
-    if not hasattr(model, "save_pretrained"):
-        raise InputError(f"out: {out} must end in .safetensors, as the models do")
     model.save_pretrained(path)
     if loaded.processor is not None:
         loaded.processor.save_pretrained(path)
     return path
-
-
-def _move(source: Path, out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise InputError(f"out: {out} exists; overwrite=True replaces it")
-    if out.is_dir():
-        old = source.with_name("old")
-        os.replace(out, old)
-        os.replace(source, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(source, out)

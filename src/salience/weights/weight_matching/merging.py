@@ -131,17 +131,20 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     model : torch.nn.Module
         Its training flags are given back.
     batches : iterable
-        Inputs of the model, labels are not used. Batches of some size: variances of small ones are noisy.
+        Inputs of the model, labels are not used. Batches of some size: variances of small ones are noisy, and a batch
+        of one example, such as a last one often is, is left out where there is a larger one.
 
     Raises
     ------
     InputError
-        There are no batches.
+        There are no batches, or the model cannot take statistics of them. The statistics are as before then.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return model
     momenta = [norm.momentum for norm in norms]
+    kept = [{name: value.clone() for name, value in norm.named_buffers()} for norm in norms]
+    single: list[Any] = []
     count = 0
     with training_mode(model, False), torch.no_grad():
         for norm in norms:
@@ -150,14 +153,33 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             norm.train()
         try:
             for batch in batches:
+                if _rows(batch) == 1:
+                    single.append(batch)
+                    continue
                 run(model, batch)
                 count += 1
+            for batch in single if not count else ():
+                run(model, batch)
+                count += 1
+            if not count:
+                raise InputError("batches: there are none to take statistics of")
+        except BaseException as error:
+            for norm, buffers in zip(norms, kept, strict=True):
+                for name, value in norm.named_buffers():
+                    value.copy_(buffers[name])
+            if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+                raise InputError("batches: of one example have no variance; give larger ones") from error
+            raise
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-    if not count:
-        raise InputError("batches: there are none to take statistics of")
     return model
+
+
+def _rows(batch: Any) -> int | None:
+    """Examples of a batch, by the first axis of its first tensor."""
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple) else [batch]
+    return next((len(part) for part in parts if isinstance(part, Tensor) and part.ndim), None)
 
 
 def merge_many(

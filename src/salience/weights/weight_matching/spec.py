@@ -89,12 +89,18 @@ def infer_spec(model: nn.Module, example: Any) -> PermutationSpec:
     ------
     NothingToDo
         No hidden unit can be permuted.
+    InputError
+        The model does not take the example.
     DataError
         The outputs change under permutation: the model does something to its units that was not seen.
     """
     tracker = _Tracker(model)
     with training_mode(model, False), torch.no_grad():
-        output = run(model, _tracked(example, tracker))
+        tracked = _tracked(example, tracker)
+        try:
+            output = run(model, tracked)
+        except Exception as error:  # what a network raises at a wrong shape is up to its own code
+            raise InputError(f"example: {type(model).__name__} does not take {_shapes(example)}: {error}") from error
     tracker.pin_all(output)
     spec = tracker.spec()
     if not spec.sizes:
@@ -422,6 +428,10 @@ def _tracked(example: Any, tracker: _Tracker) -> Any:
     if isinstance(example, Tensor):
         return tracker.wrap(example.detach(), [])
     raise InputError(f"example: got {type(example).__name__}; give a tensor, a tuple of them, or a mapping")
+
+
+def _shapes(example: Any) -> str:
+    return ", ".join(f"shape {tuple(leaf.shape)}" for leaf in _leaves(example) if isinstance(leaf, Tensor))
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -1,0 +1,1 @@
+"""BEE: see `explain`."""

@@ -1,0 +1,1 @@
+"""How explainable is a model? Methods, measures, training recipes, and the runner over all of them."""
