@@ -75,8 +75,35 @@ def test_a_file_with_its_architecture(tmp_path) -> None:
     assert not save_narrowed(model, model, file, overwrite=True)  # as wide as before: no list is left behind
     assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
     assert torch.equal(load(file, arch="tiny:plain").model(inputs), model(inputs))
+    with pytest.raises(InputError, match="does not exist"):
+        save_narrowed(model, narrow, tmp_path / "nowhere" / "net.safetensors")
     with pytest.raises(InputError, match=r"\.safetensors file"):
         save_narrowed(model, narrow, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_save_that_dies_halfway_is_never_loaded_as_something_else(listed: bool, tmp_path, monkeypatch) -> None:
+    model = plain().eval()
+    x = torch.randn(2, 3, 16, 16)
+    narrow = iterative_feature_merging(model, example=x, beta=2.0, max_ratio=0.5).model
+    file = tmp_path / "net.safetensors"
+    save_narrowed(model, model if listed else narrow, file)
+    real, calls = __import__("os").replace, []
+
+    def dies(source, target):
+        calls.append(target)
+        if len(calls) == 2 or not listed:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr("salience.model.saving.os.replace", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save_narrowed(model, narrow if listed else model, file, overwrite=True)
+    if listed:  # the new list beside the old weights
+        with pytest.raises(DataError):
+            load(file, arch="tiny:plain")
+    else:  # nothing has changed yet
+        assert torch.equal(load(file, arch="tiny:plain").model(x), narrow(x))
 
 
 def test_saving_refuses_what_it_must_not_replace(tmp_path) -> None:

@@ -29,7 +29,8 @@ def layer_flops(model: nn.Module, example: Any) -> dict[str, int]:
     Returns
     -------
     dict of str to int
-        By name of the layer, in the model's order; a layer that runs twice counts twice.
+        By name of the layer, in the model's order; a layer that runs twice counts twice, and one that is not
+        called (it rests, or its weight is used directly, as in `nn.MultiheadAttention`) counts 0.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _LAYERS) or is_conv1d(layer)}
     counts = dict.fromkeys(layers, 0)

@@ -55,7 +55,7 @@ def save_narrowed(
     Raises
     ------
     InputError
-        `path` exists, or does not fit the kind of model.
+        `path` exists, its folder does not, or it does not fit the kind of model.
     """
     out = Path(path).absolute()
     config = getattr(narrow, "config", None)
@@ -66,6 +66,8 @@ def save_narrowed(
         raise InputError(f"path: {path} exists; overwrite=True replaces it")
     if out.is_dir() and not (out / WEIGHTS).is_file():
         raise InputError(f"path: {path} is not a model directory, so it is not overwritten")
+    if not out.parent.is_dir():
+        raise InputError(f"path: folder {out.parent} does not exist")
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     try:
         listed = _write_file(wide, narrow, folder, out) if config is None else _write(narrow, folder, out, source)
@@ -78,11 +80,13 @@ def _write_file(wide: nn.Module, narrow: nn.Module, folder: Path, out: Path) -> 
     shapes = differences(wide, narrow)
     save_model(narrow, str(folder / out.name))
     listed = bool(shapes.shapes or shapes.identity)
-    shapes_file(out).unlink(missing_ok=True)  # a list never lies beside weights other than its own
     if listed:
         write_shapes(shapes_file(folder / out.name), shapes)
         os.replace(shapes_file(folder / out.name), shapes_file(out))
+    # Killed here or below, weights lie beside the list of others, and loading them says so.
     os.replace(folder / out.name, out)
+    if not listed:
+        shapes_file(out).unlink(missing_ok=True)
     return listed
 
 
