@@ -209,7 +209,7 @@ def explain_table(
     if black_box not in BLACK_BOXES:
         raise InputError(f"black_box must be one of {', '.join(BLACK_BOXES)}, not {black_box!r}")
     for name, share in (("test", test), ("min_support", min_support)):
-        if not 0 <= share < 1 or name == "test" and not share:
+        if not 0 <= share < 1 or (name == "test" and not share):
             raise InputError(f"{name} must lie between 0 and 1, not {share}")
     for name, value in (("examples", examples), ("random_state", random_state)):
         if value < 0:

@@ -51,7 +51,9 @@ def reproduce(run: Run) -> Outcome:
     baselines = {f"{name}, {kind}": value for kind in ("plain", "random")
                  for name, value in _together(planted[kind], real, kind).items()}  # fmt: skip
     measured = {
-        f"{name}: accuracy, {kind}": values["accuracy"] for name, found in real.items() for kind, values in found.items()
+        f"{name}: accuracy, {kind}": values["accuracy"]
+        for name, found in real.items()
+        for kind, values in found.items()
     }
     losses = {f"{name}: accuracy lost to noise by the top 10": found["corrected"] for name, found in real.items()}
     return Outcome(
