@@ -106,7 +106,7 @@ def reproduce(run: Run) -> Outcome:
         **{f"accuracy {name}": float(way.correct.mean()) for name, way in ways.items()},
         **{f"accuracy AdamR {strength} and DARE": float(way.correct.mean()) for strength, way in regularised.items()},
         **{
-            f"eta by {by}": float(ways[f"DAREx per layer {way}"].eta or 0.0)
+            f"eta by {by}": float(ways[f"DAREx per layer {way}"].eta)  # type: ignore[arg-type]
             for by, way in (("validation", "1/q_v"), ("outputs", "1/q_e"))
         },
         "searches for eta that ended on the edge of their range": float(
@@ -124,11 +124,12 @@ def reproduce(run: Run) -> Outcome:
         "relative size of the delta": delta_stats(_body(world.base), _body(plain)).relative,
     }
     for rate in OTHER_RATES:
-        others = {
-            "DARE": pruned(run, world, plain, "dare", rate=rate),
-            "DAREx 1/q_v": pruned(run, world, plain, "darex", rate=rate, rescale="global", score=True),
-        }
-        figures |= {f"accuracy {name} at {rate}": float(other.correct.mean()) for name, other in others.items()}
+        for name, way, options in (
+            ("DARE", "dare", {}),
+            ("DAREx 1/q_v", "darex", {"rescale": "global", "score": True}),
+        ):
+            other = pruned(run, world, plain, way, rate=rate, **options)  # type: ignore[arg-type]
+            figures[f"accuracy {name} at {rate}"] = float(other.correct.mean())
     return Outcome(
         claim="at extreme pruning rates a searched rescaling factor keeps more of the fine-tuned accuracy than DARE's, "
         "and so does fine-tuning with decay towards the base weights",

@@ -142,7 +142,7 @@ class HighDimExplainer(BaseEstimator):
         """
         given = getattr(X, "columns", None)
         rows = checked_rows(X)
-        columns = rows.shape[1]
+        n, columns = rows.shape  # noqa: RUF059
         self._check(columns)
         self.names_ = [str(name) for name in (names if names is not None else given if given is not None else [])]
         self.names_ = self.names_ or [f"x{i}" for i in range(columns)]

@@ -64,8 +64,8 @@ def analytic_q(
 
         q_i = argmin_q | eta (1 - (1-p)/q) S1 + eta^2 Phi(p) S2 / (4 q^2) + ln(2/gamma) |
 
-    over q from 1 - p to 0.999 in steps of 0.001 (at p of 0.001 and less 1 - p is all there is). The layer's q is the
-    mean of its rows.
+    over q from 1 - p to 0.999 in steps of 0.001 (at p of 0.001 and less there is only 1 - p). The
+    layer's q is the mean of its rows.
 
     Parameters
     ----------
