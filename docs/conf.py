@@ -67,3 +67,7 @@ def setup(app: Any) -> None:
     app.connect("builder-inited", lambda _: generate.write())
     app.connect("autodoc-skip-member", skip)
     app.connect("autodoc-process-docstring", set_off_equations, priority=100)  # before numpydoc
+
+
+# A built-in type such as `bytes` also names a property of two classes; Sphinx cannot tell which is meant.
+suppress_warnings = ["ref.python"]

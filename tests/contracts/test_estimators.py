@@ -20,7 +20,7 @@ RAW = ["the cat sat on the mat and saw a dog"] * 8 + [f"def add{n}(a, b): return
 TARGET = ["def sub(a, b): return a - b", "def mul(a, b): return a * b"]
 
 _RNG = np.random.default_rng(0)
-TABLE = _RNG.integers(0, 9, (60, 4)), _RNG.integers(0, 2, 60)
+NUMBERS = _RNG.integers(0, 9, (60, 4)), _RNG.integers(0, 2, 60)
 
 
 def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -69,7 +69,7 @@ FITS = {
     ),
     "salience.features:OutRankSelector": (
         {"bins": 4, "batch_rows": 20},
-        lambda model: model.fit(*TABLE),
+        lambda model: model.fit(*NUMBERS),
         lambda model: check_is_fitted(model) or model.scores_,
     ),
 }

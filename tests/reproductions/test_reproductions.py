@@ -41,5 +41,8 @@ def test_the_shipped_outcome_is_of_this_claim(slug: str) -> None:
     if shipped is None:
         pytest.skip(f"no outcome of {slug} is shipped yet")
     assert shipped.scale == "desk" and not shipped.own_data
-    assert set(evidence.JUDGING_SEEDS) <= set(shipped.runs) and shipped.master == evidence.JUDGING_SEEDS[0]
+    assert shipped.runs and set(shipped.runs) <= set(evidence.JUDGING_SEEDS)
+    assert shipped.master == evidence.JUDGING_SEEDS[0]
+    if shipped.verdict.shown:  # what is not run yet is a reason for "not shown"
+        assert set(shipped.runs) == set(evidence.JUDGING_SEEDS)
     assert {outcome.claim for outcome in shipped.measured} == {papers.get(slug).claim}

@@ -36,11 +36,11 @@ class OutRankSelector(SelectorMixin, BaseEstimator):
 
     Attributes
     ----------
-    scores_ : (n_features_in_,) float64
-    plain_ : (n_features_in_,) float64
+    scores_ : (features,) float64
+    plain_ : (features,) float64
         Plain mutual information, for comparison.
     n_features_in_ : int
-    feature_names_in_ : (n_features_in_,) str
+    feature_names_in_ : (features,) str
         Where X has column names.
 
     Raises
