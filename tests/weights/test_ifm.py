@@ -404,3 +404,10 @@ def test_ratios_are_not_rounded_up_by_float_noise(ratio: float, left: int) -> No
     net = mlp(3, 100, 2)
     merged = iterative_feature_merging(net, example=torch.ones(1, 3).double(), beta=math.inf, max_ratio=ratio)
     assert merged.widths == {"0": (100, left)}
+
+
+def test_groups_to_prune_must_exist() -> None:
+    x = torch.ones(1, 3).double()
+    for keep in ({"0*": 2}, {"0": 2, "9": 1}):
+        with pytest.raises(InputError, match="no group"):
+            prune_channels(mlp(3, 6, 2), keep, by="l1", example=x)

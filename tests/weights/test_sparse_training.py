@@ -386,3 +386,34 @@ def test_a_ticket_is_rewound_and_exactly_as_dense_as_asked() -> None:
     for options in ({"density": 0}, {"density": 1}, {"density": 0.5, "rate": 1}, {"density": 0.5, "rewind_step": -1}):
         with pytest.raises(InputError, match="density, rate, rewind_step"):
             lottery_ticket(network, train, **options)
+
+
+def test_dense_backwards_cost_what_was_absent_then() -> None:
+    """GraNet begins dense: a first step with dense gradients costs no more than a dense one."""
+    net = network()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    sparse = SparseTrainer(
+        net, opt, density=0.1, total_steps=20, update_every=1, generator=generator(), method="granet", start_density=1.0
+    )
+    example_row = torch.randn(1, net[0].in_features)
+    steps(net, opt, 1)
+    report = sparse.report(example_row)
+    assert report.training_flops == pytest.approx(report.dense_training_flops)
+    # By hand from then on: 2 f_S + f_D at every step, at the density of that step.
+    costs = {name: layer.dense_flops for name, layer in report.layers.items()}
+    expected = report.training_flops
+    for _ in range(5):
+        shares = {name: float(mask.sum()) / mask.numel() for name, mask in sparse.masks.items()}
+        steps(net, opt, 1)
+        expected += sum(cost * (2 * shares[name] + 1) for name, cost in costs.items())
+    assert sparse.report(example_row).training_flops == pytest.approx(expected)
+
+
+def test_explored_and_density_count_the_same_weights() -> None:
+    net = network()
+    opt = torch.optim.SGD(net.parameters(), 0.1)
+    sparse = SparseTrainer(
+        net, opt, density=0.1, total_steps=20, generator=generator(), method="static", exclude=["2.*"]
+    )
+    report = sparse.report(torch.randn(1, net[0].in_features))
+    assert report.explored == pytest.approx(report.density)

@@ -518,3 +518,25 @@ def test_layers_add_up_to_the_density_exactly(mode: str) -> None:
 def test_tickets_of_few_weights_end() -> None:
     ticket = lottery_ticket(lambda: nn.Linear(8, 5), lambda model, masks, on_step: on_step(0), density=0.1, rate=0.05)
     assert int(ticket.masks["weight"].sum()) == 4 and ticket.trainings <= 36
+
+
+def test_channels_of_unequal_size_keep_the_density() -> None:
+    """Means are compared, as sums would favour wide rows, and weights are counted, not channels."""
+    torch.manual_seed(0)
+    scores = {"wide": torch.rand(20, 400), "narrow": torch.rand(60, 10)}
+    masks = mask_from_scores(scores, 0.5, grain="channel")
+    kept, total = sum(int(mask.sum()) for mask in masks.values()), sum(score.numel() for score in scores.values())
+    assert abs(kept - 0.5 * total) <= 400 and all(mask.any() for mask in masks.values())
+    means = torch.cat([score.mean(1) for score in scores.values()])
+    chosen = torch.cat([mask.any(1) for mask in masks.values()])
+    assert means[chosen].min() >= means[~chosen].max()
+
+
+def test_layers_without_a_score_take_what_has_no_room_elsewhere() -> None:
+    shares = allocate({"a": (10, 10), "b": (10, 10)}, 0.9, Scores([1.0, 0.0], ["a", "b"], "layer"))
+    assert shares == {"a": 1.0, "b": pytest.approx(0.8)}
+
+
+def test_a_row_keeps_one_weight_at_least() -> None:
+    masks = mask_from_scores({"w": torch.rand(50, 10)}, 0.05, scope="row")
+    assert masks["w"].sum(1).tolist() == [1] * 50

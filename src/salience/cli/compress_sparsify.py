@@ -128,7 +128,7 @@ def sparsify(
         example = _sample(loaded, evaluation or calibration, input_shape)
         scores = _scores(loaded, method, calibration, example, exclude or (), seed, density)
         masks = _masks(loaded.model, scores, density, pair, by, allocation, layer_scores, grain)
-        baselines = _baselines(loaded.model, masks, method, by, exclude or (), seed, density, pair)
+        baselines = _baselines(loaded.model, masks, method, exclude or (), seed, pair)
         facts = _account(loaded.model, masks, method, example)
         comparison = _measure(evaluation, model, loaded, {"after": masks, **baselines}, out)
         _write(loaded, masks, model, out, overwrite)
@@ -255,8 +255,8 @@ def _masks(model: Any, scores: dict[str, Any], density: float | None, pair: tupl
     return mask_from_scores(scores, shares, scope=scope, grain=grain.value, transposed=transposed)  # type: ignore[arg-type]
 
 
-def _baselines(model: Any, masks: dict[str, Any], method: Method, scope: str, exclude: Any, seed: int,
-               density: float | None, pair: tuple[int, int] | None) -> dict[str, Any]:  # fmt: skip
+def _baselines(model: Any, masks: dict[str, Any], method: Method, exclude: Any, seed: int,
+               pair: tuple[int, int] | None) -> dict[str, Any]:  # fmt: skip
     """Masks of equal size: magnitude for other methods, and random ones with the same count in each layer."""
     import torch
 
@@ -271,7 +271,8 @@ def _baselines(model: Any, masks: dict[str, Any], method: Method, scope: str, ex
         random = {"random": mask_from_scores(score_random(model, generator, exclude), n_m=pair, transposed=transposed)}
     if method is Method.magnitude:
         return random
-    options: dict[str, Any] = {"density": density} if pair is None else {"n_m": pair}
+    share = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+    options: dict[str, Any] = {"density": share} if pair is None else {"n_m": pair}
     sized = mask_from_scores(score_magnitude(model, exclude), **options, transposed=transposed)
     return {"magnitude": sized, **random}
 

@@ -96,7 +96,7 @@ def equivalence_report(
 def _rows(activations: Tensor) -> Float[Tensor, "rows channel"]:
     """One row per input and place: channels stand in dimension 1 of images, else last."""
     moved = activations.movedim(1, -1) if activations.ndim > 3 else activations
-    return moved.reshape(-1, moved.shape[-1]).double()
+    return moved.reshape(-1, moved.shape[-1]).double().cpu()
 
 
 def _compare(one: Tensor, two: Tensor) -> LayerEquivalence:

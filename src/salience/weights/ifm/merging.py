@@ -172,11 +172,13 @@ def iterative_feature_merging(
     for name in sorted(names):
         if not torch.isfinite(state[name]).all():
             raise DataError(f"{name}: holds values that are not finite")
-    # Halves are merged in float32, and all distances are sums in float64.
-    work = {name: state[name].to(torch.promote_types(state[name].dtype, torch.float32), copy=True) for name in names}
+    # On the CPU, one pair after another; halves are merged in float32, and all distances are sums in float64.
+    work = {
+        name: state[name].to("cpu", torch.promote_types(state[name].dtype, torch.float32), copy=True) for name in names
+    }
     merger = _Merger(work, chosen, rule)
     merges = merger.run(beta, max_ratio, progress)
-    replace_tensors(narrow, {name: tensor.to(state[name].dtype) for name, tensor in merger.kept().items()})
+    replace_tensors(narrow, {name: tensor.to(state[name]) for name, tensor in merger.kept().items()})
     return IFMResult(
         model=narrow,
         widths={group.name: (group.width, int(merger.alive[group.name].sum())) for group in chosen},
@@ -197,11 +199,15 @@ def example_of(model: nn.Module, example: Any) -> Any:
     if getattr(model, "main_input_name", None) == "pixel_values":
         size = getattr(config, "image_size", None) or 64
         sides = (size, size) if isinstance(size, int) else tuple(size)
-        return {"pixel_values": torch.zeros(1, config.num_channels, *sides)}
+        return {"pixel_values": torch.zeros(1, config.num_channels, *sides, device=_device(model))}
     own = getattr(model, "dummy_inputs", None)
     if own is None:
         raise InputError(f"example: {type(model).__name__} has no dummy_inputs; give inputs for one pass")
-    return own
+    return {name: value.to(_device(model)) if isinstance(value, Tensor) else value for name, value in own.items()}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def choose_groups(

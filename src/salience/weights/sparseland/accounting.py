@@ -109,7 +109,7 @@ def sparsity_report(
     explored: float | None = None,
     passes: Mapping[str, float] | None = None,
     steps: int = 0,
-    dense_backwards: int = 0,
+    dense_backwards: Mapping[str, float] | None = None,
 ) -> SparsityReport:
     """Count what is kept, what a pass costs, and what storage takes.
 
@@ -123,8 +123,8 @@ def sparsity_report(
     example : tensor, tuple or mapping
         One row of inputs.
     explored, passes, steps, dense_backwards
-        Of training, from `SparseTrainer`: R_s, densities summed over the steps, steps, and those among them whose
-        gradients were dense.
+        Of training, from `SparseTrainer`: R_s, densities of layers summed over the steps, steps, and the absent shares
+        of layers summed over those steps whose gradients were dense.
 
     Raises
     ------
@@ -148,8 +148,8 @@ def sparsity_report(
     if passes is not None:
         forward = sum(layer.dense_flops * passes.get(name, steps) for name, layer in layers.items())
         # A step costs 3 f_S. With dense gradients it is 2 f_S + f_D: the gradient of the weights is the dense one.
-        sparse_now = sum(layer.sparse_flops for layer in layers.values())
-        training = 3 * forward + dense_backwards * (dense - sparse_now)
+        absent = dense_backwards or {}
+        training = 3 * forward + sum(layer.dense_flops * absent.get(name, 0.0) for name, layer in layers.items())
     entries = sum(layer.entries for layer in layers.values())
     total = sum(layer.kept for layer in layers.values())
     size = {name: entry.weight.element_size() for name, entry in weights.items()}

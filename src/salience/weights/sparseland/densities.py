@@ -165,8 +165,11 @@ def _solve(
         free = [name for name in raw if name not in fixed]
         rest = density * total - sum(share * sizes[name] for name, share in fixed.items())
         weight = sum(raw[name] * sizes[name] for name in free)
-        if not free or weight == 0:
-            return {name: fixed.get(name, 0.0) for name in raw}
+        if not free:
+            return {name: fixed[name] for name in raw}
+        if weight == 0:  # layers without a score share what those with one have no room for
+            even = max(rest, 0.0) / sum(sizes[name] for name in free)
+            return {name: fixed.get(name, even) for name in raw}
         eps = max(rest, 0.0) / weight
         largest = max(raw[name] for name in free)
         if eps * largest <= 1:

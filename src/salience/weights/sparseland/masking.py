@@ -70,7 +70,10 @@ def mask_from_scores(
     units = {name: _units(score, grain, name in transposed) for name, score in scores.items()}
     if scope == "global":
         flat = torch.cat([unit.flatten().to(torch.promote_types(unit.dtype, torch.float32)) for unit in units.values()])
-        kept = _largest(flat, count_kept(next(iter(shares.values())), flat.numel()))
+        sizes = torch.cat([
+            torch.full((unit.numel(),), scores[name].numel() // unit.numel()) for name, unit in units.items()
+        ])  # fmt: skip
+        kept = _within_budget(flat, sizes, next(iter(shares.values())))
         parts = kept.split([unit.numel() for unit in units.values()])
         masks = {name: part.view(units[name].shape) for name, part in zip(units, parts)}
     elif scope == "layer":
@@ -341,10 +344,25 @@ def _largest(flat: Tensor, count: int) -> Tensor:
     return mask
 
 
+def _within_budget(flat: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """Mask of the largest units that hold the share of all weights; units differ in size where they are channels."""
+    budget = count_kept(share, int(sizes.sum()))
+    if bool((sizes == 1).all()):
+        return _largest(flat, budget)
+    order = flat.argsort(descending=True, stable=True)
+    held = sizes.to(order.device)[order].cumsum(0)
+    count = int((held <= budget).sum())
+    if count < len(flat) and int(held[count]) - budget < budget - (int(held[count - 1]) if count else 0):
+        count += 1  # the next one brings it closer
+    return _largest(flat, max(count, 1))
+
+
 def _rows(unit: Tensor, share: float, transposed: bool) -> Tensor:
     moved = unit.transpose(0, 1) if transposed else unit
     flat = moved.flatten(1)
-    kept = flat.sort(dim=1, descending=True, stable=True).indices[:, : count_kept(share, flat.shape[1])]
+    kept = flat.sort(dim=1, descending=True, stable=True).indices[
+        :, : max(int(share > 0), count_kept(share, flat.shape[1]))
+    ]
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, kept, True).view(moved.shape)
     return mask.transpose(0, 1) if transposed else mask
 
@@ -366,15 +384,15 @@ def _n_of_m(name: str, score: Tensor, n_m: tuple[int, int], transposed: bool) ->
 
 
 def _units(score: Tensor, grain: str, transposed: bool) -> Tensor:
-    """Scores of what is kept or dropped as one, in a shape that broadcasts to that of the weight."""
+    """Mean scores of what is kept or dropped as one, in a shape that broadcasts to that of the weight."""
     if grain == "weight":
         return score
     if grain not in ("kernel", "channel"):
         raise InputError(f"grain: got {grain!r}; it must be weight, kernel or channel")
     if grain == "kernel":
-        return score.sum(tuple(range(2, score.ndim)), keepdim=True) if score.ndim > 2 else score
+        return score.mean(tuple(range(2, score.ndim)), keepdim=True) if score.ndim > 2 else score
     out = 1 if transposed else 0
-    return score.sum([axis for axis in range(score.ndim) if axis != out], keepdim=True)
+    return score.mean([axis for axis in range(score.ndim) if axis != out], keepdim=True)
 
 
 def _check_shares(shares: Mapping[str, Any], scores: Mapping[str, Tensor], scope: str, each: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from salience.errors import InputError, NothingToDo
+from salience.errors import InputError, NothingToDo, nearest
 from salience.model.at import run, training_mode
 from salience.model.channels import ChannelGroup, channel_groups
 from salience.model.narrowing import fold_norms, input_rows, replace_tensors, slices
@@ -87,7 +87,11 @@ def prune_channels(
         found = channel_groups(narrow, example)
     names = list(keep) if isinstance(keep, Mapping) else groups
     chosen, _ = choose_groups(model, found.groups, names)
-    state = narrow.state_dict()
+    if isinstance(keep, Mapping) and (odd := set(keep) - {group.name for group in chosen}):
+        free = [group.name for group in found.groups if not group.fixed]
+        raise InputError(f"keep: {min(odd)!r} is no group that can be narrowed; {nearest(min(odd), free)}")
+    state = {name: value.cpu() for name, value in narrow.state_dict().items()}
+    device = {name: value.device for name, value in narrow.state_dict().items()}
     norms = _activations(narrow, chosen, batches) if batches is not None else {}
     kept: dict[str, tuple[int, ...]] = {}
     new = dict(state)
@@ -99,7 +103,7 @@ def prune_channels(
         for member in group.members:
             new[member.tensor] = slices(new[member.tensor], member.axis, order, member.block)
     changed = {member.tensor for group in chosen for member in group.members}
-    replace_tensors(narrow, {name: new[name].clone() for name in changed})
+    replace_tensors(narrow, {name: new[name].clone().to(device[name]) for name in changed})
     return PrunedChannels(narrow, {g.name: (g.width, len(kept[g.name])) for g in chosen}, kept)
 
 
@@ -131,7 +135,7 @@ def _importance(
         elif by == "gamma" and member.tensor.endswith(".weight") and member.role == "vector":
             scores += tensor.abs()
         elif by == "activation" and member.role == "in":
-            scores += norms[member.tensor] * rows.abs().sum(1)
+            scores += norms[member.tensor].cpu() * rows.abs().sum(1)
         else:
             continue
         counted += 1

@@ -131,7 +131,7 @@ class SparseTrainer:
         self.masks: Masks = {name: mask.clone().to(self._weights[name].device) for name, mask in masks.items()}
         self.ever = {name: mask.clone() for name, mask in self.masks.items()}
         self._passes = dict.fromkeys(masks, 0.0)  # density of each layer summed over the steps
-        self._dense_backwards = 0
+        self._dense_backwards = dict.fromkeys(masks, 0.0)  # absent share of each layer summed over dense backwards
         self._gradients: dict[str, Tensor] = {}
         self._trained: set[str] = set()  # weights that have a gradient at this step
         given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -159,7 +159,9 @@ class SparseTrainer:
         example : tensor, tuple or mapping
             One row of inputs, on which operations are counted.
         """
-        explored = sum(int(e.sum()) for e in self.ever.values()) / sum(e.numel() for e in self.ever.values())
+        entries = sum(entry.weight.numel() for entry in prunable(self.model).values())
+        never = sum(int((~ever).sum()) for ever in self.ever.values())
+        explored = 1 - never / entries  # of all weights that could be masked, as the density is
         return sparsity_report(
             self.model, self.masks, example, explored=explored, passes=self._passes, steps=self.steps,
             dense_backwards=self._dense_backwards,
@@ -169,7 +171,8 @@ class SparseTrainer:
         """All that a resumed run needs, as tensors and plain numbers: masks, steps, random state, accounts."""
         return {
             "masks": dict(self.masks), "ever": dict(self.ever), "passes": dict(self._passes), "steps": self.steps,
-            "dense_backwards": self._dense_backwards, "generator": self.generator.get_state(), "method": self.method,
+            "dense_backwards": dict(self._dense_backwards), "generator": self.generator.get_state(),
+            "method": self.method,
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -191,7 +194,7 @@ class SparseTrainer:
         self.masks = {name: mask.clone().to(self.masks[name].device) for name, mask in state["masks"].items()}
         self.ever = {name: mask.clone().to(self.masks[name].device) for name, mask in state["ever"].items()}
         self._passes, self.steps = dict(state["passes"]), int(state["steps"])
-        self._dense_backwards = int(state["dense_backwards"])
+        self._dense_backwards = dict(state["dense_backwards"])
         self.generator.set_state(state["generator"].cpu())
         self._mask_weights()
 
@@ -213,7 +216,8 @@ class SparseTrainer:
             if self.method != "snfs":  # which needs the momentum of absent weights
                 weight.grad.mul_(self.masks[name])
         if self.method == "snfs" or (self._due and self.method in ("rigl", "granet")):
-            self._dense_backwards += 1
+            for name, mask in self.masks.items():
+                self._dense_backwards[name] += 1 - float(mask.sum()) / mask.numel()
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
