@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from model.conftest import tokenizer as tokenizer
 from salience.cli import main
+from salience.io import verify_output
 from salience.model import load
 from salience.scores import Scores
 from salience.weights import prunable
@@ -130,7 +131,8 @@ def test_a_file_with_its_architecture(run, folder: Path) -> None:
     code, _, err = run("channels", *base, "--keep", "0.5", "-o", "out.safetensors")
     assert code == 0, err
     assert names(folder) == [
-        "net.safetensors", "out.safetensors", "out.safetensors.report.html", "out.safetensors.shapes.json", "test.parquet",
+        "net.safetensors", "out.safetensors", "out.safetensors.manifest.json", "out.safetensors.report.html",
+        "out.safetensors.shapes.json", "test.parquet",
     ]  # fmt: skip
     # What was narrowed can be narrowed again, and made sparse.
     again = ["out.safetensors", "--arch", "tiny:plain", *MEASURED]
@@ -244,7 +246,10 @@ def test_weights_are_masked_and_measured_first(run, folder: Path, resnet) -> Non
     original = prunable(load(folder / "net").model)
     assert all(torch.equal(e.weight[e.weight != 0], original[n].weight[e.weight != 0]) for n, e in entries.items())
     assert directory_hash(folder / "net") == before
-    assert sorted(p.name for p in (folder / "out").iterdir()) == sorted(p.name for p in (folder / "net").iterdir())
+    assert {p.name for p in (folder / "out").iterdir()} == {p.name for p in (folder / "net").iterdir()} | {
+        "manifest.json"
+    }
+    assert verify_output(folder / "out").ok
     code, out, _ = run("sparsify", "net", "--density", "0.5", *MEASURED, "-o", "out", "--overwrite")
     assert out.startswith("After is") and "random here" in out.splitlines()[0] and "with or without zeros" in out
 
@@ -304,3 +309,16 @@ def test_scores_of_layers_share_out_the_density(run, folder: Path, resnet) -> No
 def test_a_cut_network_is_told(run, folder: Path, resnet) -> None:
     code, _, err = run("sparsify", "net", "-d", "0.001", "-o", "out")
     assert code == 0 and "cuts the network" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", [["channels", "--keep", "0.5"], ["sparsify", "--density", "0.5"]])
+def test_only_an_earlier_output_is_replaced(run, folder: Path, resnet, what: list[str]) -> None:
+    """Neither a folder of notes nor a model that another program wrote."""
+    (folder / "notes").mkdir()
+    (folder / "notes" / "thesis.txt").write_text("mine")
+    save("resnet", folder / "precious")
+    before = directory_hash(folder / "precious")
+    for out in ("notes", "precious"):
+        code, _, err = run(what[0], "net", *what[1:], "-o", out, "--overwrite")
+        assert code == 2 and "not replaced" in err
+    assert (folder / "notes" / "thesis.txt").read_text() == "mine" and directory_hash(folder / "precious") == before

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from salience.cli._changed_page import check_paths
 from salience.cli._measured import (
     Arch,
     Evaluate,
@@ -88,38 +89,35 @@ def channels(
     before and against removing as many channels by their L1 norm or at random, and that is printed first.
     """
     share, rule = _share(keep, beta, method, rule), rule or (Rule.mean_in if method is Method.ifm else None)
-    page = check_outputs(out, report, overwrite)
+    page = check_paths(out, report, overwrite)
     evaluation = evaluation_of(
         evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit, arch=arch, image_mean=image_mean,
         image_std=image_std, image_size=image_size,
     )  # fmt: skip
     from salience.model import load
+    from salience.model.narrowing import shapes_file
+    from salience.weights.model_output import model_output, put_model, work_folder
 
-    with quiet_transformers():
+    with model_output(out, overwrite, [model], evaluation) as output, quiet_transformers():
         loaded = load(model, arch=arch)
         example = example_input(loaded, evaluation, input_shape)
         result, others = _narrow(loaded.model, example, method, share, rule, groups, keep_norm, seed)
         comparison = _measure(evaluation, model, loaded, {"after": result["model"], **others}, out)
-        listed = write_model(_widest(loaded, arch), result["model"], out, model, overwrite)
+        made = work_folder(output) / out.name
+        listed = write_model(_widest(loaded, arch), result["model"], made, model)
+        put_model(output, made)
+        output.commit({
+            "command": "compress channels", "model": str(model), "method": method.value, "widths": result["widths"],
+            "seed": seed,
+        })  # fmt: skip
+    if not listed:
+        shapes_file(out).unlink(missing_ok=True)  # of a narrower model that stood here before
     facts = {key: value for key, value in result.items() if key != "model"} | {"needs_list": listed}
     against = next(iter(others))
     from salience.cli._compress_channels_page import write_page
 
     write_page(page, str(out), method.value, facts, comparison, against)
     _print(facts, comparison, against, out, page, as_json)
-
-
-def check_outputs(out: Path, report: Path | None, overwrite: bool) -> Path:
-    """The report's path, after refusing what may not be written."""
-    page = report or Path(f"{str(out).rstrip('/')}.report.html")
-    if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
-        raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"output folder {out.absolute().parent} does not exist")
-    for path in (out, page):
-        if path.exists() and not overwrite:
-            raise InputError(f"output {path} exists; pass --overwrite to replace it")
-    return page
 
 
 @contextmanager
@@ -134,13 +132,11 @@ def quiet_transformers() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-def write_model(wide: Any, narrow: Any, out: Path, source: Path, overwrite: bool) -> bool:
+def write_model(wide: Any, narrow: Any, out: Path, source: Path) -> bool:
     """Write the model; whether it needs `salience.model.load`."""
     from salience.model import save_narrowed
 
-    if out.resolve() == source.resolve():
-        raise InputError(f"output {out} is the input")
-    return save_narrowed(wide, narrow, out, source=source if source.is_dir() else None, overwrite=overwrite)
+    return save_narrowed(wide, narrow, out, source=source if source.is_dir() else None)
 
 
 def _share(keep: float | None, beta: float | None, method: Method, rule: Rule | None) -> tuple[float, float]:
@@ -162,6 +158,7 @@ def _share(keep: float | None, beta: float | None, method: Method, rule: Rule | 
 
 
 def example_input(loaded: Loaded, evaluation: Evaluation | None, shape: str | None) -> Any:
+    """One input: zeros of the shape given, an image of the data, or None where `transformers` knows one."""
     import torch
 
     if shape is not None:
@@ -241,7 +238,7 @@ def _measure(
             continue
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
             target = Path(folder, out.name)
-            write_model(loaded.model, model, target, path, overwrite=False)
+            write_model(loaded.model, model, target, path)
             scores[name] = evaluation.score(target)
     return Comparison(evaluation.measure, evaluation.higher_is_better, scores, evaluation.seed)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from salience.cli._changed_page import check_paths
 from salience.cli._measured import (
     Arch,
     Evaluate,
@@ -25,7 +26,7 @@ from salience.cli._measured import (
     print_comparison,
 )
 from salience.cli._say import say
-from salience.cli.compress_channels import check_outputs, example_input, quiet_transformers, write_model
+from salience.cli.compress_channels import example_input, quiet_transformers, write_model
 from salience.cli.verbs import compress
 from salience.errors import InputError
 
@@ -116,13 +117,15 @@ def sparsify(
     against the model before and against random and magnitude masks of equal size, and that is printed first.
     """
     pair, by = _check_usage(density, n_m, method, scope, allocation, layer_scores, data)
-    page = check_outputs(out, report, overwrite)
+    page = check_paths(out, report, overwrite)
     images = {"image_mean": image_mean, "image_std": image_std, "image_size": image_size}
     evaluation = evaluation_of(evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit, arch=arch, **images)  # type: ignore[arg-type]
     calibration = None if data is None else evaluation_of(data, None, seed=seed, limit=data_limit, arch=arch, **images)  # type: ignore[arg-type]
     from salience.model import load
+    from salience.model.narrowing import shapes_file
+    from salience.weights.model_output import model_output, put_model, work_folder
 
-    with quiet_transformers(), warnings.catch_warnings():
+    with model_output(out, overwrite, [model], evaluation) as output, quiet_transformers(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "layer collapse")  # told in words of its own
         loaded = load(model, arch=arch)
         example = _sample(loaded, evaluation or calibration, input_shape)
@@ -131,7 +134,16 @@ def sparsify(
         baselines = _baselines(loaded.model, masks, method, exclude or (), seed, pair)
         facts = _account(loaded.model, masks, method, example)
         comparison = _measure(evaluation, model, loaded, {"after": masks, **baselines}, out)
-        _write(loaded, masks, model, out, overwrite)
+        made = work_folder(output) / out.name
+        _write(loaded, masks, model, made)
+        listed = shapes_file(made).exists()
+        put_model(output, made)
+        output.commit({
+            "command": "compress sparsify", "model": str(model), "method": method.value, "density": density,
+            "n_m": n_m, "kept": facts["kept"], "seed": seed,
+        })  # fmt: skip
+    if not listed:
+        shapes_file(out).unlink(missing_ok=True)  # of a narrower model that stood here before
     against = next(iter(baselines))
     from salience.cli._compress_sparsify_page import write_page
 
@@ -312,7 +324,7 @@ def _measure(
         if command:
             with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
                 target = Path(folder, out.name)
-                _write(loaded, {}, path, target, overwrite=False)
+                _write(loaded, {}, path, target)
                 scores[name] = evaluation.score(target)
         else:
             scores[name] = evaluation.score(loaded)
@@ -321,7 +333,7 @@ def _measure(
     return Comparison(evaluation.measure, evaluation.higher_is_better, scores, evaluation.seed)
 
 
-def _write(loaded: Loaded, masks: dict[str, Any], source: Path, out: Path, overwrite: bool) -> None:
+def _write(loaded: Loaded, masks: dict[str, Any], source: Path, out: Path) -> None:
     """Write the sparse model; a directory tensor by tensor where it stores weights under the network's names."""
     from salience.model import TensorStore, rewrite
     from salience.model.narrowing import shapes_file
@@ -331,17 +343,12 @@ def _write(loaded: Loaded, masks: dict[str, Any], source: Path, out: Path, overw
         with TensorStore(source) as stored:
             streamed = set(masks) <= set(stored.entries)
         if streamed:
-            partial = out.absolute().with_name(f".{out.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-            try:
-                rewrite(source, out, lambda name, t: _masked(t, masks.get(name)), overwrite=overwrite)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            rewrite(source, out, lambda name, t: _masked(t, masks.get(name)))
             return
     if masks:
         apply_masks(loaded.model, masks)
     listed = shapes_file(source)
-    write_model(loaded.model, loaded.model, out, source, overwrite)
+    write_model(loaded.model, loaded.model, out, source)
     if source.is_file() and listed.is_file():
         shutil.copyfile(listed, shapes_file(out))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from salience.io import Output
 from salience.io.manifest import IN_FOLDER
+from salience.model.narrowing import shapes_file
 from salience.weights.evaluation import Evaluation
 
 
@@ -28,6 +29,16 @@ def work_folder(output: Output) -> Path:
     work = output.folder.parent / "work"
     work.mkdir()
     return work
+
+
+def put_model(output: Output, model: Path) -> None:
+    """Make a model of the work folder the output: a directory, or a file with the list of its shapes if it has one."""
+    if model.is_dir():
+        put_directory(output, model)
+        return
+    if shapes_file(model).exists():
+        os.replace(shapes_file(model), shapes_file(output.file()))
+    os.replace(model, output.file())
 
 
 def put_directory(output: Output, model: Path) -> None:
