@@ -127,9 +127,13 @@ def test_an_interrupt_stops_the_children(house: Path, tmp_path: Path, monkeypatc
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        reproduce(["toy-wait"], [11], out=tmp_path / "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            reproduce(["toy-wait"], [11], out=tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
     assert not (tmp_path / "out").exists()
