@@ -48,16 +48,18 @@ def list_papers(
     if as_json:
         typer.echo(json.dumps([_as_data(*row) for row in found], indent=1))
         return
-    table = Table("no.", "slug", "unit", box=None, pad_edge=False, header_style="bold")
-    table.add_column("title", no_wrap=True, overflow="ellipsis")
-    table.add_column("state", no_wrap=True)
     with_own = any(own for _, _, own in found)
-    if with_own:
-        table.add_column("your run", no_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rows = []
     for paper, ours, own in found:
-        cells = [str(paper.number), paper.slug, paper.unit, paper.title]
         states = [_styled(ours), _styled(own) if own else Text("")]
-        table.add_row(*map(Text, cells), *states[: 1 + with_own])
+        title = Text(paper.title, no_wrap=True, overflow="ellipsis")
+        rows.append([Text(str(paper.number)), Text(paper.slug), *states[: 1 + with_own], title])
+    for name in ["no.", "slug", "state", *["your run"] * with_own]:
+        table.add_column(name, no_wrap=True)
+    table.add_column("title")  # what a narrow terminal lacks is taken from columns that may wrap: this one alone
+    for row in rows:
+        table.add_row(*row)
     Console(highlight=False).print(table)
 
 
