@@ -85,7 +85,7 @@ def test_stale_runs_only_what_changed(house: Path, run) -> None:
     assert run("reproduce", "toy-pass", "--stale")[0] == 0
 
 
-def test_papers_list_and_its_filters(house: Path, run) -> None:
+def test_papers_list_and_its_filters(house: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
     reproduce(["toy-pass"], out=store.OUTCOMES)
     reproduce(["toy-miss"], [12])
     code, said = run("papers", "list")
@@ -93,6 +93,8 @@ def test_papers_list_and_its_filters(house: Path, run) -> None:
     assert code == 0 and len(rows) == 11
     assert "shown (mechanism)" in rows["toy-pass"] and "planned" in rows["toy-plan"]
     assert "implemented" in rows["toy-miss"] and "not shown" in rows["toy-miss"]  # ours, and the user's own
+    monkeypatch.setenv("COLUMNS", "70")  # what a narrow terminal lacks is taken from the title
+    assert {line.split()[1] for line in run("papers", "list")[1].splitlines()[1:]} == set(rows)
     _, said = run("papers", "list", "--state", "shown", "--json")
     assert [row["slug"] for row in json.loads(said)] == ["toy-pass"]
     _, said = run("papers", "list", "toy misss", "--unit", "sample", "--json")
