@@ -132,7 +132,9 @@ def place_adapter(model: nn.Module, block: Block, names: Sequence[str], adapter:
     last.register_forward_hook(_after)
     if getattr(adapter, "position", "") == "parallel":
         if first is last:
-            raise InputError(f"model: block {block.name} has one feed-forward layer only; an adapter beside it needs two")
+            raise InputError(
+                f"model: block {block.name} has one feed-forward layer only; an adapter beside it needs two"
+            )
         source = Remembered()
         object.__setattr__(adapter, SOURCE, source)  # plain objects: shared by both, also in a deep copy
         object.__setattr__(first, SOURCE, source)

@@ -59,7 +59,9 @@ def largest_size(
         return {**options, "keep": min(1.0, limit / total)}
     if not card.size:
         if (needed := count(None)) > limit:
-            raise InputError(f"budget: {limit} parameters are too few; {card.name} has no size to choose and needs {needed}")
+            raise InputError(
+                f"budget: {limit} parameters are too few; {card.name} has no size to choose and needs {needed}"
+            )
         return dict(options)
     sizes = [2**power for power in range(1, 14)] if card.size in _POWERS else list(range(1, _LARGEST + 1))
     smallest = count(sizes[0])

@@ -231,9 +231,7 @@ _CARDS = [
 REGISTRY: Mapping[str, MethodCard] = MappingProxyType({card.name: card for card in _CARDS})
 
 
-def peft_methods(
-    category: str | None = None, modality: str | None = None, *, listed: bool = False
-) -> list[MethodCard]:
+def peft_methods(category: str | None = None, modality: str | None = None, *, listed: bool = False) -> list[MethodCard]:
     """The methods that run here and now, or all that the survey lists.
 
     Parameters
@@ -284,7 +282,9 @@ def card_of(name: str) -> MethodCard:
         There is no such method, the survey only lists it, or the installed `peft` lacks it.
     """
     if name not in REGISTRY:
-        raise InputError(f"method: got {name!r}; {nearest(name, [card.name for card in REGISTRY.values() if card.runs])}")
+        raise InputError(
+            f"method: got {name!r}; {nearest(name, [card.name for card in REGISTRY.values() if card.runs])}"
+        )
     card = REGISTRY[name]
     if not card.runs:
         instead = card.why_not or f"others of its family: {', '.join(c.name for c in peft_methods(card.category))}"

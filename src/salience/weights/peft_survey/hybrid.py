@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from salience.errors import InputError
 from salience.weights.peft_survey.adapters import BottleneckAdapter, LowRank, Remembered, place_adapter
-from salience.weights.peft_survey.blocks import Block, find_blocks, width_of
+from salience.weights.peft_survey.blocks import find_blocks, width_of
 from salience.weights.peft_survey.prefix import add_prefix, use_prefixes
 
 GATES, LOW_RANK, MASK = "salience_gates", "salience_low_rank", "salience_mask"

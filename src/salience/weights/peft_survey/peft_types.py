@@ -148,4 +148,6 @@ def _check_prompted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             "positions; shorten the text or the prompt"
         )
     if model.training and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all()):
-        raise InputError("attention_mask: rows are padded on the left, between prompt and text; pad on the right to train")
+        raise InputError(
+            "attention_mask: rows are padded on the left, between prompt and text; pad on the right to train"
+        )

@@ -50,7 +50,9 @@ class FreezeSelector:
         if self.patterns == "bitfit":
             chosen = {name for name in names if name.rpartition(".")[2] == "bias"}
             if not chosen:
-                raise InputError(f"model: {type(model).__name__} has no biases, so there is nothing for BitFit to train")
+                raise InputError(
+                    f"model: {type(model).__name__} has no biases, so there is nothing for BitFit to train"
+                )
         elif self.patterns == "layernorm":
             inside = tuple(f"{layer}." for layer in norm_layers(model))
             chosen = {name for name in names if name.startswith(inside)} if inside else set()

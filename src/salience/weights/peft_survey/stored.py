@@ -119,7 +119,8 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     Returns
     -------
     PeftModel or TunedModel
-        In evaluation mode; what trained before may train on. Diff pruning comes back merged.
+        In evaluation mode; what trained before may train on, but for peft's prompts and diff pruning, which comes back
+        merged.
 
     Raises
     ------
@@ -226,7 +227,9 @@ def _load_peft(base: nn.Module, folder: Path) -> Any:
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=True).eval()  # type: ignore[arg-type]
+        prompt = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+        # peft does not let a loaded prompt train on
+        return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=not prompt).eval()  # type: ignore[arg-type]
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: peft cannot put it on {type(base).__name__}: {error}") from error
 
