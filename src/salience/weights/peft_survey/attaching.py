@@ -108,7 +108,7 @@ def attach(
     """
     card = card_of(method)
     _check_base(model, card)
-    heads = _head_parameters(model, head)
+    heads = head_parameters(model, head)
     given = {**card.defaults, **options}
     own = card.via == "own"
     if not own:
@@ -251,7 +251,7 @@ def _build_own(model: nn.Module, card: MethodCard, options: Mapping[str, Any], h
     chosen = set(_BUILDERS[card.name](model, left))
     if left:
         raise InputError(f"{sorted(left)[0]}: {card.name} has no such option; {nearest(sorted(left)[0], options)}")
-    heads = _head_parameters(model, head)
+    heads = head_parameters(model, head)
     tuned = TunedModel(model, card, {k: v for k, v in options.items() if k not in ("dry", "batches", "log_likelihood")},
                        head)  # fmt: skip
     if card.name in ("fish", "child_tuning_d") and not dry:
@@ -270,7 +270,8 @@ def _build_own(model: nn.Module, card: MethodCard, options: Mapping[str, Any], h
     return tuned
 
 
-def _head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
+def head_parameters(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Names of the parameters inside the modules `head`."""
     modules = dict(model.named_modules())
     for name in head:
         if name not in modules or not name:

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from salience.errors import InputError, NothingToDo, nearest
 from salience.model.at import logits_of, training_mode
 from salience.model.fitting import fit
-from salience.weights.peft_survey.attaching import _head_parameters, attach, extra_loss, prepare_optimizer, trainable
+from salience.weights.peft_survey.attaching import attach, extra_loss, head_parameters, prepare_optimizer, trainable
 from salience.weights.peft_survey.cards import MODALITIES, REGISTRY, card_of
 from salience.weights.peft_survey.stored import merge_adapter, save_adapter
 from salience.weights.sparseland.accounting import measure_latency
@@ -126,8 +126,8 @@ class BenchTable:
 
     def to_markdown(self) -> str:
         """The table as Markdown."""
-        head = ["method", "family", "lr", "trainable", "share", "added", "added MFLOP", "merges", "training MB", "step ms",
-                "pass ms", "file kB", "before", "after"]  # fmt: skip
+        head = ["method", "family", "lr", "trainable", "share", "added", "added MFLOP", "merges", "training MB",
+                "step ms", "pass ms", "file kB", "before", "after"]  # fmt: skip
         lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
         for r in self.rows:
             merges = f"yes, to {r.merge_error:.0e}" if r.mergeable else "no"
@@ -180,9 +180,7 @@ def tune(
     generator = torch.Generator().manual_seed(seed)
     model = make_model()
     if method in (FULL, HEAD):
-        wanted = (
-            set(_head_parameters(model, head)) if method == HEAD else {name for name, _ in model.named_parameters()}
-        )
+        wanted = set(head_parameters(model, head)) if method == HEAD else {name for name, _ in model.named_parameters()}
         if not wanted:
             raise InputError("head: is empty; 'head' as a method trains nothing else")
         for name, parameter in model.named_parameters():
@@ -339,9 +337,7 @@ def recommend_peft(
         raise NothingToDo("table: no measured method meets all wishes; relax one, or measure more methods")
     best = max(fitting, key=table.gain)
     if base is not None and table.gain(best) <= table.gain(base):
-        raise NothingToDo(
-            f"table: no method that meets all wishes is better than the base here ({best.method} is best)"
-        )
+        raise NothingToDo(f"table: no method that meets all wishes beats the base here; {best.method} comes closest")
     near = [row for row in fitting if table.gain(row) >= table.gain(best) - max(best.spread, row.spread)]
     return min(near, key=lambda row: (row.trainable, -table.gain(row)))
 

@@ -1,4 +1,4 @@
-"""Where the parts of a transformer are: its blocks, their attention and feed-forward layers, found by name and shape."""
+"""Where the parts of a transformer are: its blocks, their attention and feed-forward layers, found by their names."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from salience.errors import InputError, nearest
 from salience.model.narrowing import is_conv1d
 
+OWN = "salience_"  # in the names of modules that methods have put on a model
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _KEY = re.compile(r"(^|[._])(k|key)(_proj)?$")
 _VALUE = re.compile(r"(^|[._])(v|value)(_proj)?$")
@@ -67,7 +68,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
             continue
         for key, layer in modules.named_children():
             name = f"{list_name}.{key}" if list_name else key
-            inner = [part for part, module in layer.named_modules() if part and _linear(module)]
+            inner = [part for part, module in layer.named_modules() if part and _linear(module) and OWN not in part]
             attention = [f"{name}.{part}" for part in inner if _ATTENTION.search(part)]
             others = [f"{name}.{part}" for part in inner if not _ATTENTION.search(part)]
             if attention and others and not _nested(layer):
@@ -95,7 +96,7 @@ def linear_layers(model: nn.Module, target: str | Sequence[str]) -> list[str]:
     InputError
         A name fits no linear layer, or there is none at all.
     """
-    every = [name for name, module in model.named_modules() if _linear(module)]
+    every = [name for name, module in model.named_modules() if _linear(module) and OWN not in name]
     if isinstance(target, str) and target in ("auto", "attention", "feed_forward"):
         try:
             blocks = find_blocks(model)

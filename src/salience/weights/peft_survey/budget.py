@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from salience.errors import InputError
-from salience.weights.peft_survey.blocks import without_storage
+from salience.weights.peft_survey.blocks import linear_layers, width_of, without_storage
 from salience.weights.peft_survey.cards import MethodCard
 
 _LARGEST = 1 << 14
@@ -46,6 +46,9 @@ def largest_size(
 
     def count(size: int | None) -> int:
         tried = dict(options) if size is None else _with(card, options, size)
+        if card.name == "shira":  # needs real weights to draw from; it trains as many as LoRA of its rank
+            layers = linear_layers(model, options.get("target", "auto"))
+            return (size or 1) * sum(sum(width_of(model.get_submodule(name))) for name in layers)
         with torch.random.fork_rng(devices=[]):
             built = build(without_storage(model), {**tried, "dry": True} if card.via == "own" else tried)
         inner = getattr(built, "model", built) if card.via == "own" else built
@@ -60,7 +63,7 @@ def largest_size(
     if not card.size:
         if (needed := count(None)) > limit:
             raise InputError(
-                f"budget: {limit} parameters are too few; {card.name} has no size to choose and needs {needed}"
+                f"budget: {limit} parameters are too few; {card.name} has one size only and needs {needed}"
             )
         return dict(options)
     sizes = [2**power for power in range(1, 14)] if card.size in _POWERS else list(range(1, _LARGEST + 1))

@@ -102,7 +102,8 @@ def _adapter(name: str, modality: tuple[str, ...], via: str, position: str, sour
 
 def _prompt(name: str, modality: tuple[str, ...], via: str, position: str, source: str, **more: Any) -> MethodCard:
     more = {"structure": True, "inference": _LONGER, "why_not": "what is trained are inputs, not weights",
-            "zero_start": False, "size": "num_virtual_tokens", "learning_rates": (1e-2, 3e-2, 1e-1), **more}  # fmt: skip
+            "zero_start": False, "size": "num_virtual_tokens", "learning_rates": (1e-2, 3e-2, 1e-1),
+            **more}  # fmt: skip
     return MethodCard(name, "prompt", "soft", modality, via, position, source=source, **more)
 
 
@@ -178,7 +179,7 @@ _CARDS = [
               defaults={"init_r": 12, "target_r": 8}),
     _low_rank("vera", "VERA", "Kopiczko et al., ICLR 2024", sub="LoRA derivative", defaults={"r": 32},
               learning_rates=(1e-2, 3e-2, 1e-1)),
-    _low_rank("randlora", "RANDLORA", "Albert et al., ICLR 2025", sub="LoRA derivative"),
+    _low_rank("randlora", "RANDLORA", "Albert et al., ICLR 2025", sub="LoRA derivative", size=""),
     _low_rank("loha", "LOHA", "Hyeon-Woo et al., ICLR 2022; LyCORIS, ICLR 2024"),
     _low_rank("lokr", "LOKR", "LyCORIS, Yeh et al., ICLR 2024"),
     _low_rank("oft", "OFT", "Qiu et al., NeurIPS 2023", sub="orthogonal", size="oft_block_size",

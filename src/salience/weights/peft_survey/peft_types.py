@@ -144,8 +144,8 @@ def _check_prompted(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     limit = getattr(base, "max_position_embeddings", None) or getattr(base, "n_positions", None)
     if isinstance(tokens, torch.Tensor) and limit is not None and tokens.shape[-1] + config.num_virtual_tokens > limit:
         raise InputError(
-            f"input_ids: {tokens.shape[-1]} tokens and {config.num_virtual_tokens} of the prompt exceed the model's {limit} "
-            "positions; shorten the text or the prompt"
+            f"input_ids: {tokens.shape[-1]} tokens and {config.num_virtual_tokens} of the prompt exceed the model's "
+            f"{limit} positions; shorten the text or the prompt"
         )
     if model.training and isinstance(mask, torch.Tensor) and mask.ndim == 2 and not bool(mask[:, 0].all()):
         raise InputError(

@@ -98,16 +98,27 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "batch q_len heads head_dim"], None]:
     """Attention over a module's prefix and its own keys; with no prefix it is plain attention.
 
-    The prefix comes first and every query sees it, whatever the mask says of the rest.
+    The prefix comes first and every query sees it, whatever the mask says of the rest; a bias by position, as T5 has
+    it, is that of the own keys.
+
+    Raises
+    ------
+    InputError
+        The model asks for capped scores or attention sinks, which are not known here.
     """
+    for option in ("softcap", "s_aux"):
+        if kwargs.get(option) is not None:
+            raise InputError(f"model: its attention has {option}, which goes with no prefix")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(2, 3) * scale
+    scores = scores if position_bias is None else scores + position_bias
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scores = _masked(scores, attention_mask, causal)
     prefix: Any = getattr(module, PREFIX, None)

@@ -1,4 +1,4 @@
-"""Train a part of what is there: by name (BitFit, last layers), by Fisher information, at random, or a sparse change."""
+"""Train a part of what is there: by name (BitFit, last layers), by Fisher information, at random, or sparsely."""
 
 from __future__ import annotations
 
