@@ -264,11 +264,15 @@ def peft_methods(category: str | None = None, modality: str | None = None, *, li
 
 def skipped() -> dict[str, str]:
     """Methods that the installed `peft` does not have, and why: by name of the method."""
-    import peft
+    try:
+        import peft
 
-    known = {kind.value for kind in peft.PeftType}
+        known = {kind.value for kind in peft.PeftType}
+        reason = f"peft {peft.__version__} has no {{}}; a newer peft may"
+    except ModuleNotFoundError:
+        known, reason = set(), "{} needs the package 'peft', which is not installed: pip install 'salience[peft]'"
     return {
-        card.name: f"peft {peft.__version__} has no {card.via[5:]}; a newer peft may"
+        card.name: reason.format(card.via[5:])
         for card in REGISTRY.values()
         if card.via.startswith("peft:") and card.via[5:] not in known
     }
@@ -290,6 +294,6 @@ def card_of(name: str) -> MethodCard:
     if not card.runs:
         instead = card.why_not or f"others of its family: {', '.join(c.name for c in peft_methods(card.category))}"
         raise InputError(f"method: {name!r} is listed by the survey and does not run here; {instead}")
-    if name in (gone := skipped()):
+    if card.via != "own" and name in (gone := skipped()):
         raise InputError(f"method: {gone[name]}")
     return card
