@@ -227,10 +227,10 @@ def language(run: Run) -> Language:
     recipe = zoo.Recipe(_small if run.smoke else build, _hardly if run.smoke else pretrain)
     text = _bytes("\n".join(_descriptions()))
     cut = int(0.8 * len(text))
-    steps = 6 if run.smoke else 80
+    steps = 2 if run.smoke else 80
     train = _windows(text[:cut], steps * BATCH, WINDOW, run.rng("windows"))
     held = text[cut:][: len(text[cut:]) // WINDOW * WINDOW].reshape(-1, WINDOW)
-    held_out = torch.from_numpy(held[:16] if run.smoke else held)
+    held_out = torch.from_numpy(held[:8] if run.smoke else held)
     return Language(zoo.trained(recipe, run.seed), (train, train), (held_out, held_out))
 
 
@@ -239,7 +239,7 @@ def _small(seed: int) -> nn.Module:
 
 
 def _hardly(model: nn.Module, seed: int) -> None:
-    windows = _windows(_sources(), 480, 64, np.random.default_rng(seed))
+    windows = _windows(_sources(), 120, 64, np.random.default_rng(seed))
     fit(
         model, windows, windows, loss=next_byte, optimizer=torch.optim.AdamW(model.parameters(), 4e-3), epochs=1,
         batch_size=12, generator=torch.Generator().manual_seed(seed),
