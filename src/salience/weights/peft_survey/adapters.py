@@ -126,8 +126,8 @@ def kept_blocks(model: nn.Module, skip: int) -> list[Block]:
 def place_adapter(model: nn.Module, block: Block, names: Sequence[str], adapter: nn.Module) -> None:
     """Let `adapter` act on the output of the last of the layers `names`, reading the input of the first if parallel."""
     first, last = (model.get_submodule(name) for name in (names[0], names[-1]))
-    where = last.weight
-    adapter.to(where.device, where.dtype if where.is_floating_point() else None)  # type: ignore[union-attr,operator,call-overload]
+    where: Any = last.weight
+    adapter.to(where.device, where.dtype)
     setattr(last, ADAPTER, adapter)
     last.register_forward_hook(_after)
     if getattr(adapter, "position", "") == "parallel":

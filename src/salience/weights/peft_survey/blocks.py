@@ -118,10 +118,11 @@ def linear_layers(model: nn.Module, target: str | Sequence[str]) -> list[str]:
 
 def width_of(layer: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear layer or a `Conv1D` of transformers."""
+    any_layer: Any = layer
     if is_conv1d(layer):
-        rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+        rows, columns = any_layer.weight.shape
         return rows, columns
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
+    return any_layer.in_features, any_layer.out_features
 
 
 def without_storage(model: nn.Module) -> Any:

@@ -76,6 +76,8 @@ class UniPELT(nn.Module):
 class _GatedAdapter(BottleneckAdapter):
     """A parallel adapter behind a gate that reads what the feed-forward layer reads."""
 
+    gate: list[Gate]
+
     def __init__(self, d: int, r: int, gate: Gate) -> None:
         super().__init__(d, r, "relu", "parallel")
         object.__setattr__(self, "gate", [gate])  # the gates are the block's own
@@ -120,8 +122,8 @@ def add_unipelt(model: nn.Module, *, r: int = 8, m: int = 10) -> None:
     model.register_forward_pre_hook(_remember_mask, with_kwargs=True)
     for block in find_blocks(model):
         first = model.get_submodule(block.attention[0])
-        d, where = width_of(first)[0], first.weight
-        gates = UniPELT(d, causal, mask).to(where.device, where.dtype)  # type: ignore[union-attr,arg-type]
+        where: Any = first.weight
+        gates = UniPELT(width_of(first)[0], causal, mask).to(where.device, where.dtype)
         setattr(block.layer, GATES, gates)
         core = model.get_submodule(block.core)
         object.__setattr__(core, GATES, [gates])
@@ -130,7 +132,7 @@ def add_unipelt(model: nn.Module, *, r: int = 8, m: int = 10) -> None:
         add_prefix(model, block, m, gates.prefix)
         for name in dict.fromkeys(block.projection("query") + block.projection("value")):
             layer = model.get_submodule(name)
-            setattr(layer, LOW_RANK, LowRank(*width_of(layer), r).to(where.device, where.dtype))  # type: ignore[union-attr,arg-type]
+            setattr(layer, LOW_RANK, LowRank(*width_of(layer), r).to(where.device, where.dtype))
             object.__setattr__(layer, GATES, [gates])
             layer.register_forward_hook(_add_low_rank)
         names = block.feed_forward

@@ -46,7 +46,8 @@ def build_peft(model: nn.Module, card: MethodCard, options: Mapping[str, Any], h
             raise InputError(f"{name}: {card.name} has no such option; {nearest(name, fields)}")
     try:
         config = cls(**{**settings, **given})
-        tuned = peft.get_peft_model(model, config)  # type: ignore[arg-type]
+        base: Any = model  # any module will do, whatever peft declares
+        tuned: Any = peft.get_peft_model(base, config)
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         if isinstance(error, InputError):
             raise

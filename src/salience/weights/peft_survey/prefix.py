@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 
 from salience.errors import InputError
-from salience.weights.peft_survey.blocks import Block
+from salience.weights.peft_survey.blocks import Block, width_of
 
 PREFIX = "salience_prefix"  # attribute of an attention module; also the name under which attention is registered
 
@@ -58,11 +58,11 @@ def add_prefix(model: nn.Module, block: Block, m: int, gate: nn.Module | None = 
     values = block.projection("value")
     if not head_dim or not values:
         raise InputError(f"model: the heads of attention {block.core!r} cannot be told; a prefix needs them")
-    layer = model.get_submodule(values[0])
-    width = layer.weight.shape[0] if isinstance(layer, nn.Linear) else layer.weight.shape[1]  # type: ignore[union-attr,misc]
+    layer: Any = model.get_submodule(values[0])
+    width = width_of(layer)[1]
     fused = values[0] in block.projection("query")
-    heads = int(width) // head_dim // (3 if fused else 1)
-    prefix = Prefix(m, heads, head_dim, gate).to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type,union-attr]
+    heads = width // head_dim // (3 if fused else 1)
+    prefix = Prefix(m, heads, head_dim, gate).to(layer.weight.device, layer.weight.dtype)
     setattr(core, PREFIX, prefix)
     return prefix
 
@@ -86,7 +86,8 @@ def use_prefixes(model: nn.Module) -> None:
 
     AttentionInterface.register(PREFIX, attend)
     AttentionMaskInterface.register(PREFIX, sdpa_mask)
-    model.set_attn_implementation(PREFIX)  # type: ignore[operator]
+    base: Any = model
+    base.set_attn_implementation(PREFIX)
 
 
 def attend(

@@ -65,10 +65,10 @@ def merge_adapter(tuned: nn.Module) -> nn.Module:
     if not card.mergeable:
         raise InputError(f"tuned: {card.name} cannot be merged: {card.why_not}")
     if not isinstance(tuned, TunedModel):
-        return tuned.merge_and_unload().eval()  # type: ignore[operator,union-attr]
+        adapted: Any = tuned
+        return adapted.merge_and_unload().eval()
     model = tuned.model.eval()
-    for _, layer, diff in _diffs(model):
-        assert isinstance(diff, SparseDiff)
+    for _, layer, _ in _diffs(model):
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return model
 
@@ -99,7 +99,8 @@ def save_adapter(tuned: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             config = {_KEY: card.name, "options": tuned.options, "head": list(tuned.head)}
             output.file(CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         else:
-            tuned.save_pretrained(str(output.folder))  # type: ignore[operator,union-attr]
+            adapted: Any = tuned
+            adapted.save_pretrained(str(output.folder))
             (output.folder / "README.md").unlink(missing_ok=True)  # an empty form
         size = output.file(WEIGHTS).stat().st_size
         output.commit({"command": "save_adapter", "method": card.name})
@@ -158,7 +159,6 @@ def _stored(tuned: TunedModel) -> dict[str, Tensor]:
     if tuned.card.name == "diff_pruning":
         diffs = {name: diff for name, _, diff in _diffs(model)}
         for name, diff in diffs.items():
-            assert isinstance(diff, SparseDiff)
             places = diff.kept().flatten().nonzero()[:, 0]
             training, _ = diff.training, diff.eval()
             change = (diff.gates() * diff.delta).detach().flatten()[places]
@@ -229,14 +229,17 @@ def _load_peft(base: nn.Module, folder: Path) -> Any:
     try:
         prompt = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
         # peft does not let a loaded prompt train on
-        return peft.PeftModel.from_pretrained(base, str(folder), is_trainable=not prompt).eval()  # type: ignore[arg-type]
+        model: Any = base
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=not prompt).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: peft cannot put it on {type(base).__name__}: {error}") from error
 
 
-def _diffs(model: nn.Module) -> list[tuple[str, Any, nn.Module]]:
-    return [
-        (name, layer, layer.parametrizations["weight"][0])  # type: ignore[index,union-attr]
-        for name, layer in model.named_modules()
-        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations["weight"][0], SparseDiff)  # type: ignore[index,union-attr]
-    ]
+def _diffs(model: nn.Module) -> list[tuple[str, Any, SparseDiff]]:
+    found = []
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parts: Any = layer.parametrizations
+            if isinstance(diff := parts["weight"][0], SparseDiff):
+                found.append((name, layer, diff))
+    return found
