@@ -124,15 +124,19 @@ def attend(
     scores = _masked(scores, attention_mask, causal)
     prefix: Any = getattr(module, PREFIX, None)
     if prefix is None:
-        weights = drop(scores.float().softmax(-1).to(query.dtype), dropout, module.training)
+        weights = drop(_softmax(scores), dropout, module.training)
         return (weights @ value).transpose(1, 2), None
     m = prefix.key.shape[1]
     gate = 1.0 if prefix.gate is None else prefix.gate.value[:, None]  # (batch, 1, q_len or 1, 1)
     p_key, p_value = (tensor.repeat_interleave(groups, 0) for tensor in (prefix.key, prefix.value))
     extra = query @ p_key.transpose(1, 2) * scale * gate  # q (g P_k)^T = g q P_k^T
-    weights = torch.cat([extra, scores], -1).float().softmax(-1).to(query.dtype)
-    weights = drop(weights, dropout, module.training)
+    weights = drop(_softmax(torch.cat([extra, scores], -1)), dropout, module.training)
     return (gate * (weights[..., :m] @ p_value) + weights[..., m:] @ value).transpose(1, 2), None
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In float32 at least, given back in the type of the scores."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
 
 
 def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
