@@ -65,6 +65,7 @@ VISION: dict[str, tuple[float, dict[str, Any]]] = {
 }  # fmt: skip
 FULL_RATE = 1e-3
 CLOSING = ("lora", "dora", "loha")
+SMOKE = ("ln_tuning", "ia3", "prompt_tuning", "lora", "dora", "loha", "oft", "vera", "unipelt", "bitfit", "vpt_deep")
 MERGING = ("lora", "dora", "loha", "ia3", "vera", "oft")
 
 
@@ -133,6 +134,8 @@ def reproduce(run: Run) -> Outcome:
     # Method: every family on the same batches; the vision transformer beside it.
     trials: dict[str, Trial] = {}
     for name, (lr, options) in METHODS.items():
+        if run.smoke and name not in SMOKE:
+            continue
         run.step(name)
         more = fisher_options(world) if name == "fish" else {}
         trials[name] = tuned(world, name, lr, run.seed, **options, **more)
@@ -267,10 +270,12 @@ def see(run: Run) -> dict[str, Trial]:
     train = (turned[0], torch.from_numpy(split.train_y))
     test = (turned[1], torch.from_numpy(split.test_y))
     if run.smoke:
-        train, test = (train[0][:128], train[1][:128]), (test[0][:64], test[1][:64])
+        train, test = (train[0][:64], train[1][:64]), (test[0][:32], test[1][:32])
     base = build_vit(run.seed) if run.smoke else zoo.trained(zoo.Recipe(build_vit, pretrain_vit), run.seed)
     found = {}
     for name, (lr, options) in {"full": (FULL_RATE, {}), "head": (1e-2, {}), **VISION}.items():
+        if run.smoke and name not in (*SMOKE, "full"):
+            continue
         run.step(f"vision: {name}")
         found[name] = tune(
             lambda: copy.deepcopy(base), name, train, test, loss=class_loss, lr=lr, epochs=1 if run.smoke else 3,
