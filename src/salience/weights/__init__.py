@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from salience.weights.ifm.complexity import Complexity, feature_complexity
     from salience.weights.ifm.equivalence import Equivalence, LayerEquivalence, equivalence_report
     from salience.weights.ifm.merging import IFMResult, channel_distance, iterative_feature_merging
+    from salience.weights.ist.ablation import layer_ablation
+    from salience.weights.ist.callback import ISTCallback
+    from salience.weights.ist.tuning import ImportanceSparseTuning
     from salience.weights.sparseland.accounting import SparsityReport, measure_latency, sparsity_report, taxonomy
     from salience.weights.sparseland.callback import SparsityCallback
     from salience.weights.sparseland.densities import allocate, prunable
@@ -81,6 +84,8 @@ _WHERE: dict[str, str] = {
     "Evaluation": "evaluation",
     "GammaReport": "bn_only.gammas",
     "IFMResult": "ifm.merging",
+    "ISTCallback": "ist.callback",
+    "ImportanceSparseTuning": "ist.tuning",
     "LayerEquivalence": "ifm.equivalence",
     "Matching": "weight_matching.matching",
     "ParamSelection": "bn_only.select",
@@ -116,6 +121,7 @@ _WHERE: dict[str, str] = {
     "init_bn": "bn_only.gammas",
     "interpolate": "weight_matching.merging",
     "iterative_feature_merging": "ifm.merging",
+    "layer_ablation": "ist.ablation",
     "load_delta": "darex.delta_file",
     "lora_deltas": "darex.deltas",
     "lottery_ticket": "sparseland.tickets",
@@ -164,6 +170,8 @@ __all__ = [
     "Evaluation",
     "GammaReport",
     "IFMResult",
+    "ISTCallback",
+    "ImportanceSparseTuning",
     "LayerEquivalence",
     "Matching",
     "ParamSelection",
@@ -198,6 +206,7 @@ __all__ = [
     "init_bn",
     "interpolate",
     "iterative_feature_merging",
+    "layer_ablation",
     "load_delta",
     "lora_deltas",
     "lottery_ticket",
