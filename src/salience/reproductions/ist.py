@@ -37,7 +37,7 @@ SHUFFLES = 100
 
 
 class Setting(NamedTuple):
-    """Epochs of tuning (of 19 steps), steps between updates of the scores, and further replicates at the master seed."""
+    """Epochs of tuning (of 19 steps), steps between updates of the scores, replicates beside the master seed."""
 
     epochs: int
     interval: int
@@ -53,9 +53,15 @@ def build(seed: int) -> nn.Module:
 
     return ViTForImageClassification(
         ViTConfig(
-            image_size=8, patch_size=4, num_channels=1, num_labels=10, hidden_size=32, intermediate_size=64,
-            num_hidden_layers=LAYERS, num_attention_heads=4,
-        )  # fmt: skip
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            num_labels=10,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+        )
     )
 
 
@@ -70,7 +76,7 @@ def pretrain(model: nn.Module, seed: int) -> None:
 
 
 class Reversed(ImportanceSparseTuning):
-    """One sampling for both: layers that can be done without are also those that train, and their score is published."""
+    """One sampling for both, so that layers that can be done without train, and the score is published as it is."""
 
     def _draw(self, logits: Tensor, count: int) -> list[int]:
         return super()._draw(self._scores, count)

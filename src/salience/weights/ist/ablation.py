@@ -92,7 +92,7 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise InputError(
-            f"loss_fn: {type(model).__name__} returned no loss; put labels into the batch, or give loss_fn(model, batch)"
+            f"loss_fn: {type(model).__name__} returned no loss; put labels into the batch, or give loss_fn"
         )
     return loss
 

@@ -78,7 +78,9 @@ class ISTCallback(TrainerCallback):
         self.dataset = loader.dataset if self.dataset is None else self.dataset
         self.data_collator = loader.collate_fn if self.data_collator is None else self.data_collator
         if not hasattr(self.dataset, "__len__") or not len(self.dataset):
-            raise InputError(f"dataset: {type(self.dataset).__name__} has no rows that can be drawn; give one with a length")
+            raise InputError(
+                f"dataset: {type(self.dataset).__name__} has no rows that can be drawn; give one with a length"
+            )
         _check_distributed(args)
         if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant") and args.gradient_checkpointing:
             model.enable_input_require_grads()  # else such a checkpoint below the lowest drawn layer gives no gradient

@@ -47,7 +47,9 @@ def find_layers(model: nn.Module, layers: str | Sequence[str] = "auto") -> list[
     """
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trainable:
-        raise InputError(f"model: {type(model).__name__} has no trainable parameter; attach an adapter that trains first")
+        raise InputError(
+            f"model: {type(model).__name__} has no trainable parameter; attach an adapter that trains first"
+        )
     if isinstance(layers, str):
         names = _longest_list(model, trainable) if layers == "auto" else _entries(model, [layers])
     else:
@@ -130,7 +132,7 @@ def _entries(model: nn.Module, layers: Sequence[str]) -> list[str]:
         is_list = isinstance(module, nn.ModuleList | nn.Sequential)
         names += [f"{name}.{child}" for child, _ in module.named_children()] if is_list else [name]
     nested = [name for name in names if any(name.startswith(f"{other}.") for other in names)]
-    if nested or len(set(names)) < len(names) or not names:
+    if nested or len(set(names)) < len(names) or not names or "" in names:
         raise InputError(f"layers: {list(layers)!r} must name at least one layer, each once and none within another")
     return names
 

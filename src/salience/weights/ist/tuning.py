@@ -191,7 +191,7 @@ class ImportanceSparseTuning:
         return self.active_
 
     def release(self) -> None:
-        """Make everything trainable again that was; the drawing is over."""
+        """Make everything trainable again that was: the drawing is over, or another object is to begin."""
         for layer in self._layers:
             for parameter in layer.parameters.values():
                 parameter.requires_grad_(True)
