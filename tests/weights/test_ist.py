@@ -700,3 +700,29 @@ def test_gradient_checkpoints_that_enter_again_get_inputs_with_gradient(tmp_path
         for number, count in enumerate(told.tuning.counts_.tolist()):
             moved = [not torch.equal(run.model.get_parameter(k), p) for k, p in before.items() if f".h.{number}." in k]
             assert all(moved) == bool(count)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = adapted()
+    optimizer = optimizer_of(model)
+    tuning = ImportanceSparseTuning(model, n_update=0.4, n_suppress=0.4, interval=2, generator=generator())
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    drawn = []
+    for step in range(8):
+        drawn.append(tuning.before_step(step, text(10 + rank)))  # other rows, and so other losses
+        optimizer.zero_grad(set_to_none=True)
+        wrapped(**text(20 + rank)).loss.backward()
+        optimizer.step()
+    torch.save({"drawn": drawn, "scores": tuning.importance_, "hash": state_hash(model)}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ranks_of_a_distributed_run_draw_the_same_layers(tmp_path) -> None:
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one["drawn"] == two["drawn"] and len({tuple(active) for active in one["drawn"]}) > 1
+    assert torch.equal(one["scores"], two["scores"]) and bool(one["scores"].any())
+    assert one["hash"] == two["hash"]
