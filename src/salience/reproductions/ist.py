@@ -306,7 +306,9 @@ def adapter_norms(arm: Arm) -> np.ndarray:
     norms = []
     for name in arm.tuning.layer_names_:
         layer = arm.model.get_submodule(name)
-        norms.append(sum(float(m.get_delta_weight("default").norm()) for m in layer.modules() if hasattr(m, "lora_A")))
+        norms.append(
+            sum(float(m.get_delta_weight("default").detach().norm()) for m in layer.modules() if hasattr(m, "lora_A"))
+        )
     return np.array(norms)
 
 
