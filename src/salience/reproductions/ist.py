@@ -140,7 +140,8 @@ class Bench:
         # Queries and values have other names in older releases of transformers.
         config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "query", "value"])
         with nets.seeded(self.run.seed):
-            model: Any = get_peft_model(copy.deepcopy(self.base), config)  # type: ignore[arg-type]
+            base: Any = copy.deepcopy(self.base)
+            model: Any = get_peft_model(base, config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
         generator = self.run.generator("layers")
         tuning = kind(model, interval=self.setting.interval, generator=generator, **options)
