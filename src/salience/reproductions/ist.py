@@ -4,7 +4,7 @@ at least as accurate as tuning as many random ones.
 Substitute for the paper's LLaMA-7B on commonsense tasks: a vision transformer with 12 layers of width 32, trained on
 scikit-learn's 8 x 8 digits, whose LoRA (rank 4 on queries and values) learns to read them turned by 90 degrees. At
 this size LoRA on all layers is ahead of both at equal steps, so that "better than uniform tuning" is no bar; it is
-told beside them. ``--scale full`` has the same network and more replicates.
+told beside them. ``--scale full`` has the same network, tunes it twice as long and adds replicates.
 """
 
 from __future__ import annotations
