@@ -86,6 +86,15 @@ def adversarial_lesson(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def layers_at_start(model: nn.Module) -> dict[str, Any]:
+    """Two layers that were tuned, and what they were before."""
+    start = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach() * 0.5 for name in ("conv", "conv2")}
+    return {
+        "layers": ["conv", "conv2"], "start": start, "batches": [images()],
+        "loss_fn": lambda network, batch: network(batch).square().mean(),
+    }  # fmt: skip
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
     "salience.features:pgd_attack": Example(attacked),
@@ -109,6 +118,7 @@ EXAMPLES = {
     "salience.weights:equivalence_report": Example(
         lambda model: {"other": build("plain"), "data": images(), "layers": ["conv"]}
     ),
+    "salience.weights:layer_ablation": Example(layers_at_start, refused=lambda: nn.Conv2d(3, 1, 3)),
     "salience.weights:prune_channels": Example(
         lambda model: {"example": images(1), "keep": 0.5}, refused=lambda: nn.Conv2d(3, 1, 3)
     ),

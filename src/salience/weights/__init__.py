@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from salience.weights.ifm.complexity import Complexity, feature_complexity
     from salience.weights.ifm.equivalence import Equivalence, LayerEquivalence, equivalence_report
     from salience.weights.ifm.merging import IFMResult, channel_distance, iterative_feature_merging
+    from salience.weights.ist.ablation import layer_ablation
+    from salience.weights.ist.callback import ISTCallback
+    from salience.weights.ist.tuning import ImportanceSparseTuning
     from salience.weights.peft_survey.adapters import BottleneckAdapter
     from salience.weights.peft_survey.attaching import TunedModel, attach, extra_loss, prepare_optimizer
     from salience.weights.peft_survey.bench import BenchRow, BenchTable, peft_bench, recommend_peft
@@ -94,6 +97,8 @@ _WHERE: dict[str, str] = {
     "GammaReport": "bn_only.gammas",
     "GradientMask": "peft_survey.selective",
     "IFMResult": "ifm.merging",
+    "ISTCallback": "ist.callback",
+    "ImportanceSparseTuning": "ist.tuning",
     "LayerEquivalence": "ifm.equivalence",
     "MAMAdapter": "peft_survey.hybrid",
     "Matching": "weight_matching.matching",
@@ -139,6 +144,7 @@ _WHERE: dict[str, str] = {
     "interpolate": "weight_matching.merging",
     "iterative_feature_merging": "ifm.merging",
     "load_adapter": "peft_survey.stored",
+    "layer_ablation": "ist.ablation",
     "load_delta": "darex.delta_file",
     "lora_deltas": "darex.deltas",
     "lottery_ticket": "sparseland.tickets",
@@ -199,6 +205,8 @@ __all__ = [
     "GammaReport",
     "GradientMask",
     "IFMResult",
+    "ISTCallback",
+    "ImportanceSparseTuning",
     "LayerEquivalence",
     "MAMAdapter",
     "Matching",
@@ -241,6 +249,7 @@ __all__ = [
     "init_bn",
     "interpolate",
     "iterative_feature_merging",
+    "layer_ablation",
     "load_adapter",
     "load_delta",
     "lora_deltas",
