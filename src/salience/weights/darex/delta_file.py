@@ -121,8 +121,8 @@ class DeltaWriter:
     def _append(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.to("cpu").contiguous()
         if tensor.itemsize not in self._spools:
-            spool = self._opened.enter_context(tempfile.TemporaryFile(dir=self.path.absolute().parent))
-            self._spools[tensor.itemsize] = spool
+            spool = tempfile.TemporaryFile(dir=self.path.absolute().parent)  # noqa: SIM115
+            self._spools[tensor.itemsize] = self._opened.enter_context(spool)
         self._spools[tensor.itemsize].write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
         self._written.setdefault(tensor.itemsize, []).append((name, tensor.to("meta")))
 
@@ -214,7 +214,7 @@ class DeltaFile:
         return entry.read(self._stream, 0, entry.size).view(entry.shape)
 
     def __enter__(self) -> DeltaFile:
-        self._stream = open(self.path, "rb")  # noqa: SIM115
+        self._stream = open(self.path, "rb")
         return self
 
     def __exit__(
