@@ -21,7 +21,7 @@ from salience.cli import main
 from salience.io import verify_output
 from salience.model import load
 from salience.scores import Scores
-from salience.weights import prunable
+from salience.weights import prunable, synflow_masks
 from tiny import directory_hash, plain, save
 
 
@@ -264,6 +264,18 @@ def test_every_method_against_magnitude_and_random(method: str, run, folder: Pat
     result = json.loads(out)
     assert list(result["evaluation"]["means"]) == ["before", "after", "magnitude", "random"]
     assert abs(result["density"] - 0.4) < 0.01
+
+
+@pytest.mark.slow
+def test_synflow_within_layers_ranks_all_of_a_layer(run, folder: Path, resnet) -> None:
+    """Within layers masks come from rounds of their own: weights are not filled up by position."""
+    code, _, err = run("sparsify", "net", "-d", "0.3", "--method", "synflow", "--scope", "layer",
+                       "--input-shape", "3,16,16", "-o", "out")  # fmt: skip
+    assert code == 0, err
+    expected = synflow_masks(resnet, torch.zeros(1, 3, 16, 16), 0.3, scope="layer")
+    after = load(folder / "out").model
+    for name, mask in expected.items():
+        assert torch.equal(after.get_parameter(name) != 0, mask & (resnet.get_parameter(name) != 0)), name
 
 
 @pytest.mark.parametrize("family", ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("llama", "gpt2"))])

@@ -211,3 +211,19 @@ def test_operations_by_hand() -> None:
     assert layer_flops(deep, torch.randn(1, 4, 5, 5)) == {"0": 2 * 8 * 9 * 9}
     text = layer_flops(build("gpt2"), example("gpt2", 1))
     assert text["transformer.h.0.mlp.c_fc"] == 2 * 32 * 128 * 9
+
+
+def test_weights_that_are_used_without_their_layer_are_counted() -> None:
+    def forward(net, x):
+        y = nn.functional.linear(x, net.a.weight, net.a.bias) + x @ net.b.weight.T
+        return y + nn.functional.conv2d(x.new_ones(1, 4, 5, 5), net.c.weight, groups=4).sum()
+
+    layers = {"a": nn.Linear(6, 5), "b": nn.Linear(6, 5), "c": nn.Conv2d(4, 8, 3, groups=4), "rests": nn.Linear(3, 3)}
+    net = Net(forward, **layers)
+    before = state_hash(net)
+    # 14 rows through 30 weights, twice; 8 x 9 weights at 9 places.
+    assert layer_flops(net, torch.randn(2, 7, 6)) == {"a": 840, "b": 840, "c": 2 * 8 * 9 * 9, "rests": 0}
+    assert state_hash(net) == before
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert layer_flops(encoder, torch.randn(1, 5, 8))["self_attn.out_proj"] == 2 * 64 * 5
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from salience.errors import DataError, InputError
 from salience.model import load, logits_of, run
 from salience.weights import DeltaPruner, check_pair, merge_directories, prune_directory
+from salience.weights.darex.blocks import add_scaled
 from salience.weights.darex.deltas import keep_mask, mask_seed
 from tiny import FAMILIES, build, directory_hash, example, save
 
@@ -427,3 +432,58 @@ def test_tokenizers_are_the_same_however_merges_are_written(tmp_path):
     (tmp_path / "two" / "merges.txt").write_text("a b")
     with pytest.raises(DataError, match="different tokenizers"):
         check_pair(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_is_added_as_plainly_written(masked):
+    draw = np.random.default_rng(0)
+    result, base, tuned = (draw.standard_normal(1001).astype(np.float32) for _ in range(3))
+    mask = draw.random(1001) < 0.3 if masked else None
+    expected = result + (tuned - base) * (1 if mask is None else mask) * np.float32(0.7)
+    torch_of = torch.from_numpy
+    add_scaled(torch_of(result), torch_of(base), torch_of(tuned), 0.7, mask)
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-7)
+    own = base.copy()  # the result may be the base itself
+    add_scaled(torch_of(base), torch_of(base), torch_of(tuned), 0.7, mask)
+    np.testing.assert_allclose(base, own + (tuned - own) * (1 if mask is None else mask) * 0.7, rtol=1e-6, atol=1e-6)
+    if mask is not None:  # what is not finite does not hide behind the mask
+        tuned[np.flatnonzero(~mask)[0]] = np.nan
+        add_scaled(torch_of(base), torch_of(base), torch_of(tuned), 0.7, mask)
+        assert np.isnan(base).sum() == 1
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from salience.weights.darex.directories import Pair, merge_directories, prune_directory
+from salience.weights.darex.measured import _restored, _write_delta
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
+what, folder = sys.argv[1], Path(sys.argv[2])
+base, tuned, names = folder / "base", folder / "tuned", [f"w{i}" for i in range(12)]
+record = {"method": "dare", "rate": 0.5, "q": None, "mask seed": 1}
+before = peak()
+if what == "write": _write_delta(base, tuned, folder / "d.safetensors", Pair(names, False, None, []), record)
+elif what == "read": _restored(folder / "d.safetensors", base, folder / "restored")
+elif what == "prune": prune_directory(base, tuned, folder / "pruned", names, rate=0.5)
+else: merge_directories([base, tuned], folder / "merged")
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_number_of_tensors(tmp_path):
+    """Models of 12 tensors of 8 MB, and a delta file of as much."""
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama"}')
+        draw = torch.Generator().manual_seed(len(name))
+        tensors = {f"w{i}": torch.randn(2_000_000, generator=draw) for i in range(12)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    for what in ("write", "read", "prune", "merge"):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, what, str(tmp_path)], capture_output=True, check=True, text=True
+        )
+        assert float(done.stdout) < 72, what  # MB: the models have 96 each, the delta file 96
+    assert (tmp_path / "d.safetensors").stat().st_size > 90e6
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "restored"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)

@@ -540,3 +540,21 @@ def test_layers_without_a_score_take_what_has_no_room_elsewhere() -> None:
 def test_a_row_keeps_one_weight_at_least() -> None:
     masks = mask_from_scores({"w": torch.rand(50, 10)}, 0.05, scope="row")
     assert masks["w"].sum(1).tolist() == [1] * 50
+
+
+def test_synflow_within_layers_ranks_every_weight_of_a_layer() -> None:
+    net, example = mlp(20, 30, 30, 5, bias=False), torch.zeros(1, 20)
+    masks = synflow_masks(net, example, 0.3, rounds=1, scope="layer")
+    assert all(
+        torch.equal(mask, each)
+        for mask, each in zip(
+            masks.values(), mask_from_scores(score_synflow(net, example), 0.3, scope="layer").values(), strict=True
+        )
+    )
+    shares = {name: share for name, share in zip(masks, (0.1, 0.2, 0.4))}
+    many = synflow_masks(net, example, shares, scope="layer")
+    sizes = {name: mask.numel() for name, mask in many.items()}
+    assert {name: int(mask.sum()) for name, mask in many.items()} == {n: round(shares[n] * sizes[n]) for n in sizes}
+    # What is kept leads on: no weight of the middle starts where nothing arrives or ends where nothing goes on.
+    first, middle, last = many.values()
+    assert not (middle & ~first.any(1)[None]).any() and not (middle & ~last.any(0)[:, None]).any()

@@ -129,8 +129,9 @@ def sparsify(
         warnings.filterwarnings("ignore", "layer collapse")  # told in words of its own
         loaded = load(model, arch=arch)
         example = _sample(loaded, evaluation or calibration, input_shape)
-        scores = _scores(loaded, method, calibration, example, exclude or (), seed, density)
-        masks = _masks(loaded.model, scores, density, pair, by, allocation, layer_scores, grain)
+        scores = _scores(loaded, method, calibration, example, exclude or (), seed)
+        masks = _masks(loaded.model, scores, density, pair, by, allocation, layer_scores, grain,
+                       flow=example if method is Method.synflow else None)  # fmt: skip
         baselines = _baselines(loaded.model, masks, method, exclude or (), seed, pair)
         facts = _account(loaded.model, masks, method, example)
         comparison = _measure(evaluation, model, loaded, {"after": masks, **baselines}, out)
@@ -189,8 +190,8 @@ def _sample(loaded: Loaded, evaluation: Evaluation | None, shape: str | None) ->
     return example_of(loaded.model, example_input(loaded, evaluation, shape))
 
 
-def _scores(loaded: Loaded, method: Method, calibration: Evaluation | None, example: Any, exclude: Any, seed: int,
-            density: float | None) -> dict[str, Any]:  # fmt: skip
+def _scores(loaded: Loaded, method: Method, calibration: Evaluation | None, example: Any, exclude: Any,
+            seed: int) -> dict[str, Any]:  # fmt: skip
     import torch
 
     from salience import weights
@@ -201,20 +202,23 @@ def _scores(loaded: Loaded, method: Method, calibration: Evaluation | None, exam
     if method is Method.random:
         return weights.score_random(model, torch.Generator().manual_seed(seed), exclude)
     if method is Method.synflow:
-        if not isinstance(example, torch.Tensor):
-            example = example.get("pixel_values") if "pixel_values" in example else None
-        if example is None:
-            raise InputError("--method synflow needs a network that takes images or vectors")
-        # The order in which a hundred rounds let weights go is not known from one: masks are found at this density.
-        masks = weights.synflow_masks(model, example, density or 0.5, exclude=exclude)
-        last = weights.score_synflow(model, example, masks, exclude)
-        return {name: torch.where(masks[name], score, -1.0) for name, score in last.items()}
+        return weights.score_synflow(model, _image(example), exclude=exclude)
     assert calibration is not None
     batches = calibration_batches(calibration, loaded)
     if method is Method.wanda:
         return weights.score_wanda(model, batches, exclude)
     score = weights.score_snip if method is Method.snip else weights.score_grasp
     return score(model, batches, _loss(calibration.kind), exclude=exclude)
+
+
+def _image(example: Any) -> Any:
+    import torch
+
+    if not isinstance(example, torch.Tensor):
+        example = example.get("pixel_values") if "pixel_values" in example else None
+    if example is None:
+        raise InputError("--method synflow needs a network that takes images or vectors")
+    return example
 
 
 def calibration_batches(data: Evaluation, loaded: Loaded, batch_size: int = 32) -> list[tuple[Any, Any]]:
@@ -251,19 +255,24 @@ def _loss(kind: str) -> Any:
 
 
 def _masks(model: Any, scores: dict[str, Any], density: float | None, pair: tuple[int, int] | None, scope: str,
-           allocation: Allocation | None, layer_scores: Path | None, grain: Grain) -> dict[str, Any]:  # fmt: skip
+           allocation: Allocation | None, layer_scores: Path | None, grain: Grain,
+           flow: Any = None) -> dict[str, Any]:  # fmt: skip
+    """Masks by the scores; with an input to `flow` through the network they are those of SynFlow's many rounds."""
     from salience.scores import Scores
-    from salience.weights import allocate, mask_from_scores, prunable
+    from salience.weights import allocate, mask_from_scores, prunable, synflow_masks
     from salience.weights.sparseland.masking import transposed_names
 
     weights = prunable(model)
     transposed = transposed_names(weights) & set(scores)
-    if pair is not None:
+    if pair is not None:  # of SynFlow as well: N of each M stay, so that no layer can collapse in one round
         return mask_from_scores(scores, n_m=pair, transposed=transposed)
     shares: Any = density
     mode: Any = Scores.load(layer_scores) if layer_scores else allocation.value if allocation else None
     if mode is not None:
         shares = allocate({name: tuple(score.shape) for name, score in scores.items()}, density or 1.0, mode)
+    if flow is not None:
+        others = [name for name in weights if name not in scores]
+        return synflow_masks(model, _image(flow), shares, exclude=others, scope=scope, grain=grain.value)  # type: ignore[arg-type]
     return mask_from_scores(scores, shares, scope=scope, grain=grain.value, transposed=transposed)  # type: ignore[arg-type]
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from salience.model.at import run, training_mode
 from salience.model.narrowing import is_conv1d
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def layer_flops(model: nn.Module, example: Any) -> dict[str, int]:
@@ -29,8 +35,9 @@ def layer_flops(model: nn.Module, example: Any) -> dict[str, int]:
     Returns
     -------
     dict of str to int
-        By name of the layer, in the model's order; a layer that runs twice counts twice, and one that is not
-        called (it rests, or its weight is used directly, as in `nn.MultiheadAttention`) counts 0.
+        By name of the layer, in the model's order. A layer that runs twice counts twice. One that is never called,
+        but whose weight is used directly (as `nn.MultiheadAttention` uses that of `out_proj`), counts the products
+        of that weight; one that rests counts 0.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _LAYERS) or is_conv1d(layer)}
     counts = dict.fromkeys(layers, 0)
@@ -49,7 +56,44 @@ def layer_flops(model: nn.Module, example: Any) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    return counts
+    uncalled = {name: layers[name].weight for name, count in counts.items() if not count}
+    return counts | (_products(model, example, uncalled) if uncalled else {})
 
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def _products(model: nn.Module, example: Any, weights: Mapping[str, Any]) -> dict[str, int]:
+    """Operations of the matrix products and convolutions that take these weights, in one pass."""
+    with training_mode(model, False), torch.no_grad(), _without_fused_attention(), _Products(weights) as seen:
+        run(model, example)
+    return seen.counts
+
+
+class _Products(TorchDispatchMode):
+    """Sees every operation under its layers; weights are known by their memory, which views share."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.counts = dict.fromkeys(weights, 0)
+        self._names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cost = flop_registry.get(func._overloadpacket)
+        if cost is None:  # an operation made of others is taken apart, so that its products are seen
+            parts = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if parts is NotImplemented else parts
+        out = func(*args, **(kwargs or {}))
+        for each in args:
+            name = self._names.get(each.untyped_storage().data_ptr()) if isinstance(each, Tensor) else None
+            if name is not None:
+                self.counts[name] += cost(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """`nn.MultiheadAttention` in single operations: its fused kernel hides the products."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)

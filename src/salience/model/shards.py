@@ -83,9 +83,12 @@ def rewrite(
     _check_output([source, *inputs], out, overwrite)
     partial = out.with_name(f".{out.name}.partial")
     finished = _finished(partial, source, fingerprint, overwrite, resume)
-    for shard in shards:
-        if shard not in finished:
-            finished[shard] = _rewrite_shard(source / shard, partial / shard, tensor_fn, block)
+    left = [shard for shard in shards if shard not in finished]
+    for shard in left:
+        # After the last one nothing is left to resume, so that it needs no hashes: a model in one file has none taken.
+        hashes = _rewrite_shard(source / shard, partial / shard, tensor_fn, block, hashed=shard != left[-1])
+        if hashes:
+            finished[shard] = hashes
             _write_ledger(partial, fingerprint, finished)
     copy_rest(source, partial)
     (partial / _LEDGER).unlink()
@@ -107,7 +110,7 @@ class _Buffer:
         self._raw = torch.empty(0, dtype=torch.uint8)
 
     def of(self, size: int) -> Tensor:
-        if len(self._raw) < size:
+        if self._raw.numel() < size:
             self._raw = torch.empty(size, dtype=torch.uint8)
         return self._raw[:size]
 
@@ -136,7 +139,7 @@ class Entry(NamedTuple):
         size = (last - first) * self.dtype.itemsize
         raw = torch.empty(size, dtype=torch.uint8) if into is None else into.of(size)
         stream.seek(self.start + first * self.dtype.itemsize)
-        if stream.readinto(raw.numpy()) != raw.numel():  # type: ignore[attr-defined]
+        if stream.readinto(raw.numpy()) != size:  # type: ignore[attr-defined]
             raise DataError(f"{self.file}: ends in the middle of a tensor")
         return raw.view(self.dtype)
 
@@ -168,7 +171,7 @@ class TensorStore:
         self.entries: dict[str, Entry] = {}
         for shard in _shards(self.path):
             _open(self.path / shard)
-            self.entries |= _header(self.path / shard)
+            self.entries |= header_of(self.path / shard)
         self._opened, self._buffer = ExitStack(), _Buffer()
         files = {entry.file for entry in self.entries.values()}
         self._streams = {file: self._opened.enter_context(open(file, "rb")) for file in files}  # noqa: SIM115
@@ -195,7 +198,7 @@ class TensorStore:
         self.close()
 
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
@@ -203,16 +206,17 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def _header(file: Path) -> dict[str, Entry]:
+def header_of(file: Path) -> dict[str, Entry]:
+    """Where each tensor of a safetensors file lies; the file must have been checked to be one."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         described = json.loads(stream.read(length))
     described.pop("__metadata__", None)
-    unknown = {each["dtype"] for each in described.values()} - set(_DTYPES)
+    unknown = {each["dtype"] for each in described.values()} - set(DTYPES)
     if unknown:
         raise DataError(f"{file}: holds tensors of type {min(unknown)}, which torch does not have")
     return {
-        name: Entry(file, _DTYPES[each["dtype"]], tuple(each["shape"]), 8 + length + each["data_offsets"][0])
+        name: Entry(file, DTYPES[each["dtype"]], tuple(each["shape"]), 8 + length + each["data_offsets"][0])
         for name, each in described.items()
     }
 
@@ -275,38 +279,42 @@ def _finished(partial: Path, source: Path, fingerprint: str, overwrite: bool, re
     return ledger["finished"]
 
 
-def _rewrite_shard(source: Path, target: Path, tensor_fn: Callable[..., Tensor], block: int | None) -> list[str]:
-    """Write one file; gives the hashes of what was read and written, taken on the way."""
+def _rewrite_shard(
+    source: Path, target: Path, tensor_fn: Callable[..., Tensor], block: int | None, hashed: bool
+) -> list[str]:
+    """Write one file; gives the hashes of what was read and written, taken on the way, if they are wanted."""
     _open(source)  # which checks that the header describes the file
-    entries = sorted(_header(source).items(), key=lambda item: item[1].start)
-    read, written = xxhash.xxh3_128(), xxhash.xxh3_128()
+    entries = sorted(header_of(source).items(), key=lambda item: item[1].start)
+    digests = [xxhash.xxh3_128(), xxhash.xxh3_128()] if hashed else []
     # The name is given to whole files only, so that a resumed run never trusts half of one.
     unfinished = target.with_name(f"{target.name}.tmp")
     buffer = None if block is None else _Buffer()
-    with open(source, "rb") as stored, open(unfinished, "wb") as out:
+    with open(source, "rb") as stored, open(unfinished, "wb") as out, torch.no_grad():
         header = stored.read(8)
         header += stored.read(int.from_bytes(header, "little"))
-        for digest in (read, written):
+        for digest in digests:
             digest.update(header)
         out.write(header)
         for name, entry in entries:
             for start, stop in entry.pieces(block):
                 piece = entry.read(stored, start, stop, buffer)
-                read.update(_bytes(piece))
+                if hashed:
+                    digests[0].update(_bytes(piece))
                 if block is None:
                     new = _rewritten(name, piece.view(entry.shape), tensor_fn)
                 else:
                     new = _rewritten(name, piece, tensor_fn, start)
-                written.update(_bytes(new))
-                out.write(_bytes(new))
+                written = _bytes(new)
+                if hashed:
+                    digests[1].update(written)
+                out.write(written)
     os.replace(unfinished, target)
-    return [read.hexdigest(), written.hexdigest()]
+    return [digest.hexdigest() for digest in digests]
 
 
 def _rewritten(name: str, tensor: Tensor, tensor_fn: Callable[..., Tensor], *start: int) -> Tensor:
     shape, dtype = tensor.shape, tensor.dtype
-    with torch.no_grad():
-        new = tensor_fn(name, tensor, *start)
+    new = tensor_fn(name, tensor, *start)
     if not isinstance(new, Tensor) or new.shape != shape:
         came = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
         raise InputError(f"tensor_fn: returned {came} for {name!r}; it must return a tensor of {tuple(shape)}")

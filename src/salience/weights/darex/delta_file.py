@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from salience.errors import DataError, InputError
 from salience.model.safe import check_header
+from salience.model.shards import DTYPES, header_of
 
 _FORMAT = "salience delta 1"
 _INDEX, _VALUE, _WHOLE = ".indices", ".values", ".whole"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_delta(
@@ -48,22 +54,13 @@ def save_delta(
     InputError
         There is nothing to write, or a value does not fit `dtype`.
     """
-    if not deltas and not whole:
-        raise InputError("deltas: there are none to write")
-    tensors, shapes = {}, {}
-    for name, delta in deltas.items():
-        flat = (delta.to_dense() if delta.is_sparse else delta).detach().reshape(-1)
-        where = flat.nonzero()[:, 0]
-        values = flat[where].to(dtype)
-        if not torch.isfinite(values).all():
-            raise InputError(f"deltas: {name!r} does not fit {dtype}")
-        tensors[name + _INDEX] = where.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
-        tensors[name + _VALUE] = values
-        shapes[name] = list(delta.shape)
-    for name, tensor in (whole or {}).items():
-        tensors[name + _WHOLE] = tensor.detach().contiguous()
-    header = {"format": _FORMAT, "shapes": json.dumps(shapes), "record": json.dumps(dict(record or {}), default=str)}
-    save_file(tensors, path, header)
+    with DeltaWriter(path, record or {}, dtype) as file:
+        for name, delta in deltas.items():
+            flat = (delta.to_dense() if delta.is_sparse else delta).detach().reshape(-1)
+            where = flat.nonzero()[:, 0]
+            file.add(name, tuple(delta.shape), where, flat[where])
+        for name, tensor in (whole or {}).items():
+            file.add_whole(name, tensor)
 
 
 def load_delta(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -79,21 +76,151 @@ def load_delta(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Te
     DataError
         The file is damaged, or was written by something else.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"delta: {os.fspath(path)} is not a file")
-    check_header(Path(path))
-    try:
-        with safe_open(path, framework="pt") as stored:
-            header = stored.metadata() or {}
+    with DeltaFile(path) as file:
+        deltas = {name: _sparse(*file.kept(name), shape) for name, shape in file.shapes.items()}
+        return deltas, {name: file.whole(name) for name in file.names - file.shapes.keys()}, file.record
+
+
+class DeltaWriter:
+    """Writes a delta file tensor by tensor: memory holds what is added, not the file; use it in a ``with`` block.
+
+    Entries of one size go to a temporary file beside `path`, as those of 8, 4, 2 and 1 bytes must follow each other.
+    The file has its name when it is complete; after an exception there is none.
+    """
+
+    def __init__(self, path: str | os.PathLike, record: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.record, self.dtype = Path(path), record, dtype
+        self._shapes: dict[str, list[int]] = {}
+        self._spools: dict[int, IO[bytes]] = {}
+        self._written: dict[int, list[tuple[str, Tensor]]] = {}  # empty tensors: names, dtypes and shapes
+
+    def add(self, name: str, shape: tuple[int, ...], where: Tensor, values: Tensor) -> None:
+        """The kept entries of one tensor, by their index in the flattened tensor."""
+        cast = values.to(self.dtype)
+        if not torch.isfinite(cast).all():
+            raise InputError(f"deltas: {name!r} does not fit {self.dtype}")
+        self._shapes[name] = list(shape)
+        self._append(name + _INDEX, where.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64))
+        self._append(name + _VALUE, cast)
+
+    def add_whole(self, name: str, tensor: Tensor) -> None:
+        """A tensor that replaces that of the base."""
+        self._append(name + _WHOLE, tensor.detach())
+
+    def __enter__(self) -> DeltaWriter:
+        self._opened = ExitStack()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._opened:
+            if kind is None:
+                self._finish()
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        tensor = tensor.to("cpu").contiguous()
+        if tensor.itemsize not in self._spools:
+            spool = tempfile.TemporaryFile(dir=self.path.absolute().parent)  # noqa: SIM115
+            self._spools[tensor.itemsize] = self._opened.enter_context(spool)
+        self._spools[tensor.itemsize].write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        self._written.setdefault(tensor.itemsize, []).append((name, tensor.to("meta")))
+
+    def _finish(self) -> None:
+        if not self._written:
+            raise InputError("deltas: there are none to write")
+        described: dict[str, Any] = {
+            "__metadata__": {
+                "format": _FORMAT, "shapes": json.dumps(self._shapes),
+                "record": json.dumps(dict(self.record), default=str),
+            }
+        }  # fmt: skip
+        sizes, at = sorted(self._written, reverse=True), 0
+        for size in sizes:
+            for name, tensor in self._written[size]:
+                stop = at + size * tensor.numel()
+                described[name] = {
+                    "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, stop],
+                }  # fmt: skip
+                at = stop
+        header = json.dumps(described).encode()
+        header += b" " * (-len(header) % 8)
+        unfinished = self.path.with_name(f"{self.path.name}.tmp")
+        try:
+            with open(unfinished, "wb") as out:
+                out.write(len(header).to_bytes(8, "little") + header)
+                for size in sizes:
+                    self._spools[size].seek(0)
+                    shutil.copyfileobj(self._spools[size], out, 1 << 20)
+            os.replace(unfinished, self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+class DeltaFile:
+    """A delta file, read tensor by tensor; use it in a ``with`` block.
+
+    Attributes
+    ----------
+    names : set of str
+        All tensors that the delta changes.
+    shapes : dict of str to tuple of int
+        Of those of which entries were kept; the others are `whole`.
+    record : dict
+
+    Raises
+    ------
+    InputError
+        There is no such file.
+    DataError
+        It is damaged, or was written by something else.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        if not os.path.isfile(path):
+            raise InputError(f"delta: {os.fspath(path)} is not a file")
+        self.path = Path(path)
+        check_header(self.path)
+        try:
+            with safe_open(path, framework="pt") as stored:  # which checks that the header describes the file
+                header = stored.metadata() or {}
             if header.get("format") != _FORMAT:
-                raise DataError(f"{os.fspath(path)}: not a delta file (its format is {header.get('format')!r})")
-            shapes = json.loads(header["shapes"])
-            deltas = {name: _sparse(stored, name, shape, path) for name, shape in shapes.items()}
-            names: list[str] = list(stored.keys())
-            whole = {name.removesuffix(_WHOLE): stored.get_tensor(name) for name in names if name.endswith(_WHOLE)}
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{os.fspath(path)}: damaged delta file: {error}") from error
-    return deltas, whole, json.loads(header.get("record", "{}"))
+                raise DataError(f"{self.path}: not a delta file (its format is {header.get('format')!r})")
+            self.record: dict[str, Any] = json.loads(header.get("record", "{}"))
+            self.shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(header["shapes"]).items()}
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.path}: damaged delta file: {error}") from error
+        self._entries = header_of(self.path)
+        whole = {name.removesuffix(_WHOLE) for name in self._entries if name.endswith(_WHOLE)}
+        self.names = whole | self.shapes.keys()
+        for name in self.shapes:
+            if name in whole or not {name + _INDEX, name + _VALUE} <= self._entries.keys():
+                raise DataError(f"{self.path}: damaged delta file: {name!r} has not its indices and values")
+
+    def kept(self, name: str) -> tuple[Tensor, Tensor]:
+        """Indices in the flattened tensor (int64), in rising order or not, and values (float32)."""
+        where, values = self._read(name + _INDEX).long(), self._read(name + _VALUE)
+        size = math.prod(self.shapes[name])
+        if where.shape != values.shape or (len(where) and not 0 <= int(where.min()) <= int(where.max()) < size):
+            raise DataError(f"{self.path}: the indices of {name!r} do not fit its shape {self.shapes[name]}")
+        return where, values.float()
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor that replaces that of the base."""
+        return self._read(name + _WHOLE)
+
+    def _read(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        return entry.read(self._stream, 0, entry.size).view(entry.shape)
+
+    def __enter__(self) -> DeltaFile:
+        self._stream = open(self.path, "rb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
 
 
 @torch.no_grad()
@@ -133,14 +260,8 @@ def add_delta(model: nn.Module, deltas: Mapping[str, Tensor], whole: Mapping[str
     return model
 
 
-def _sparse(stored: Any, name: str, shape: list[int], path: str | os.PathLike) -> Tensor:
-    where, values = stored.get_tensor(name + _INDEX).long(), stored.get_tensor(name + _VALUE)
-    size = 1
-    for axis in shape:
-        size *= axis
-    if where.shape != values.shape or (len(where) and not 0 <= int(where.min()) <= int(where.max()) < size):
-        raise DataError(f"{os.fspath(path)}: the indices of {name!r} do not fit its shape {tuple(shape)}")
+def _sparse(where: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not shape:
-        return values.float().sum().to_sparse()
-    places = torch.stack(torch.unravel_index(where, tuple(shape)))
-    return torch.sparse_coo_tensor(places, values.float(), tuple(shape), check_invariants=True).coalesce()
+        return values.sum().to_sparse()
+    places = torch.stack(torch.unravel_index(where, shape))
+    return torch.sparse_coo_tensor(places, values, shape, check_invariants=True).coalesce()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from salience.errors import DataError, InputError, nearest
 from salience.model.shards import TensorStore, rewrite
+from salience.weights.darex.blocks import add_scaled
 from salience.weights.darex.deltas import (
     BLOCK,
     BUFFERS,
@@ -152,13 +153,13 @@ def prune_directory(
         def piece(name: str, new: Tensor, start: int) -> Tensor:
             if name not in chosen:
                 return new
-            stop = min(start + len(new), before.entries[partner[name]].size)
-            if stop <= start:
+            count = min(new.numel(), before.entries[partner[name]].size - start)
+            if count <= 0:
                 return new  # rows of new tokens
-            old = before.read(partner[name], start, stop).float()
-            delta = _thinned(new[: stop - start].float().sub_(old), seed, name, start, rate)
-            pruned = old.add_(delta, alpha=1 / divisors[name])
-            return torch.cat([pruned, new[stop - start :].float()]) if len(pruned) < len(new) else pruned
+            old = before.read(partner[name], start, start + count).float()
+            mask = keep_block(seed, name, start // BLOCK, count, 1 - rate)
+            add_scaled(old, old, new[:count].float(), 1 / divisors[name], mask)
+            return torch.cat([old, new[count:].float()]) if count < new.numel() else old
 
         return rewrite(tuned, out, piece, block=BLOCK, inputs=[base], overwrite=overwrite)
 
@@ -239,29 +240,24 @@ def merge_directories(
         def merged(name: str, first: Tensor, start: int) -> Tensor:
             if not first.is_floating_point():
                 return first  # counters and indices: those of the first model
-            stop = start + len(first)
+            stop = start + first.numel()
             old = None if before is None else _base_piece(before, partner, name, start, stop)
-            result = torch.zeros(0) if old is None else old.clone()
+            result = first.float().mul_(shares[0] / total) if old is None else old.clone()
             for number, (store, share) in enumerate(zip(stores, shares, strict=True)):
-                part = (first if number == 0 else store.read(name, start, stop)).float()
-                factor = share / total if old is None else share
-                if old is not None:
-                    part.sub_(old)
-                    if name in pruned:
-                        part = _thinned(part, seeds[number], name, start, rate)
-                        factor /= divisors[name]
-                result = result.add_(part, alpha=factor) if len(result) else part.mul_(factor)
+                if old is None:
+                    if number:
+                        result.add_(store.read(name, start, stop).float(), alpha=share / total)
+                    continue
+                part = (store.read(name, start, stop) if number else first).float()
+                if name in pruned:
+                    mask = keep_block(seeds[number], name, start // BLOCK, part.numel(), 1 - rate)
+                    add_scaled(result, old, part, share / divisors[name], mask)
+                else:
+                    add_scaled(result, old, part, share)
             return result
 
         others = [*models[1:], *([base] if base is not None else [])]
         return rewrite(models[0], out, merged, block=BLOCK, inputs=others, overwrite=overwrite)
-
-
-def _thinned(delta: Tensor, seed: int, name: str, start: int, rate: float) -> Tensor:
-    """A flat piece without the entries that are dropped; `start` is a multiple of BLOCK."""
-    mask = keep_block(seed, name, start // BLOCK, len(delta), 1 - rate)
-    np.multiply(delta.numpy(), mask, out=delta.numpy())  # several times as fast as torch's with a boolean
-    return delta
 
 
 def _real(store: TensorStore, name: str) -> bool:

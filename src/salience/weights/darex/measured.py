@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from salience.errors import InputError
+from salience.errors import DataError, InputError
 from salience.model.loading import Loaded, load
 from salience.model.shards import TensorStore, rewrite
-from salience.weights.darex.delta_file import load_delta, save_delta
-from salience.weights.darex.deltas import HEADS, check_rates, importance_delta, keep_mask, mask_seed
+from salience.weights.darex.delta_file import DeltaFile, DeltaWriter
+from salience.weights.darex.deltas import BLOCK, HEADS, check_rates, importance_delta, keep_block, mask_seed
 from salience.weights.darex.diagnosis import DeltaStats, Recommendation, recommend
 from salience.weights.darex.directories import Divisor, Pair, check_pair, merge_directories, prune_directory
 from salience.weights.darex.pruner import DeltaPruner, is_decoder
@@ -316,43 +316,61 @@ def _check_restorable(base: str | os.PathLike, tuned: str | os.PathLike) -> None
 def _write_delta(
     base: str | os.PathLike, tuned: str | os.PathLike, path: Path, pair: Pair, record: Mapping[str, Any]
 ) -> None:
-    deltas, whole = {}, {}
-    with TensorStore(base) as before, TensorStore(tuned) as after:
-        for name in after.entries:
-            if name not in pair.names:
-                tensor = after.read(name)
-                if name not in before.entries or not torch.equal(tensor, before.read(name)):
-                    whole[name] = tensor
+    names = set(pair.names)
+    with TensorStore(base) as before, TensorStore(tuned) as after, DeltaWriter(path, record) as file:
+        for name, entry in after.entries.items():
+            if name in names:
+                file.add(name, entry.shape, *_kept(before, after, name, record))
                 continue
-            delta = after.read(name).float() - before.read(name).float()
-            thinned = _thin(delta, name, record["method"], record["rate"], record["q"], record["mask seed"])
-            deltas[name] = thinned.to_sparse()
-    save_delta(path, deltas, whole=whole, record=record)
+            tensor = after.read(name)
+            if name not in before.entries or not torch.equal(tensor, before.read(name)):
+                file.add_whole(name, tensor)
 
 
-def _thin(delta: Tensor, name: str, method: str, rate: float, q: Divisor | None, seed: int) -> Tensor:
-    if method == "magnitude":
-        return importance_delta(delta, rate)
+def _kept(before: TensorStore, after: TensorStore, name: str, record: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Flat indices and values of what is kept of one delta, found block by block where the method allows it."""
+    size, magnitude = after.entries[name].size, record["method"] == "magnitude"
+    q, rate = record["q"], record["rate"]
     divisor = q[name] if isinstance(q, Mapping) else 1 - rate if q is None else q
-    return delta.where(keep_mask(seed, name, delta.shape, 1 - rate), 0) / divisor
+    indices, values = [], []
+    for start, stop in after.entries[name].pieces(None if magnitude else BLOCK):
+        delta = after.read(name, start, stop).float() - before.read(name, start, stop).float()
+        if magnitude:
+            delta = importance_delta(delta, rate)
+        else:
+            mask = torch.from_numpy(keep_block(record["mask seed"], name, start // BLOCK, stop - start, 1 - rate))
+            delta = delta.where(mask, 0).div_(divisor)
+        where = delta.nonzero()[:, 0]
+        indices.append((where + start).to(torch.int32 if size < 2**31 else torch.int64))
+        values.append(delta[where])
+    return torch.cat(indices), torch.cat(values)
 
 
 def _restored(file: str | os.PathLike, base: str | os.PathLike | None, out: Path) -> Path:
     """The model directory that a delta file stands for."""
     if base is None:
         raise InputError(f"base: is needed by the delta file {os.fspath(file)}")
-    deltas, whole, _ = load_delta(file)
-    with TensorStore(base) as store:
-        stray = sorted((deltas.keys() | whole.keys()) - store.entries.keys())
-    if stray:
-        raise InputError(f"base: {os.fspath(base)} has no tensor {stray[0]!r}, which the delta {os.fspath(file)} has")
+    with DeltaFile(file) as delta:
+        with TensorStore(base) as store:
+            shapes = {name: entry.shape for name, entry in store.entries.items()}
+        if stray := sorted(delta.names - shapes.keys()):
+            raise InputError(
+                f"base: {os.fspath(base)} has no tensor {stray[0]!r}, which the delta {os.fspath(file)} has"
+            )
+        for name, shape in delta.shapes.items():
+            if shape != shapes[name]:
+                raise DataError(f"{os.fspath(file)}: {name!r} has shape {shape}, and {shapes[name]} in {base}")
 
-    def add(name: str, tensor: Tensor) -> Tensor:
-        if name in whole:
-            return whole[name]
-        return tensor.float() + deltas[name].to_dense() if name in deltas else tensor
+        def add(name: str, tensor: Tensor) -> Tensor:
+            if name not in delta.names:
+                return tensor
+            if name not in delta.shapes:
+                return delta.whole(name)
+            wide, (where, values) = tensor.float(), delta.kept(name)
+            wide.view(-1).index_add_(0, where, values)
+            return wide
 
-    return rewrite(base, out, add)
+        return rewrite(base, out, add)
 
 
 def _same_names(base: str | os.PathLike, tuned: str | os.PathLike) -> bool:

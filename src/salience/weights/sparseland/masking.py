@@ -119,7 +119,14 @@ def shuffle_masks(masks: Mapping[str, Bool[Tensor, "*_"]], generator: torch.Gene
 
 
 def synflow_masks(
-    model: nn.Module, example: Tensor, density: float, rounds: int = 100, exclude: Sequence[str] = ()
+    model: nn.Module,
+    example: Tensor,
+    density: float | Mapping[str, float],
+    rounds: int = 100,
+    exclude: Sequence[str] = (),
+    *,
+    scope: Literal["global", "layer", "row"] = "global",
+    grain: Grain = "weight",
 ) -> Masks:
     """SynFlow pruning before training: after round k the density is ``d^(k / rounds)``, scored anew each time.
 
@@ -131,27 +138,35 @@ def synflow_masks(
         Unchanged.
     example : Tensor
         As of `score_synflow`.
-    density : float
-        Share to keep of all weights, in (0, 1].
+    density : float or mapping of str to float
+        Share to keep of all weights, in (0, 1]; or of each.
     rounds : int
         One round collapses layers.
     exclude : sequence of str
         As of `prunable`.
+    scope, grain
+        As of `mask_from_scores`. The paper's is global; within layers each is brought to its density in these rounds.
 
     Raises
     ------
     InputError
-        An option out of range, or as of `score_synflow`.
+        An option out of range, or as of `score_synflow` and `mask_from_scores`.
     """
-    if rounds < 1 or not 0 < density <= 1:
+    if rounds < 1 or not (isinstance(density, Mapping) or 0 < density <= 1):
         raise InputError(f"density and rounds: got {density!r} and {rounds!r}; density in (0, 1], rounds at least 1")
+
+    def after(k: int) -> float | dict[str, float]:
+        if isinstance(density, Mapping):
+            return {name: share ** (k / rounds) for name, share in density.items()}
+        return density ** (k / rounds)
+
     masks: Masks | None = None
     for k in range(1, rounds + 1):
         scores = score_synflow(model, example, masks, exclude)
         with warnings.catch_warnings():
             if k < rounds:
                 warnings.simplefilter("ignore")  # of collapse the last round tells
-            masks = mask_from_scores(scores, density ** (k / rounds))
+            masks = mask_from_scores(scores, after(k), scope=scope, grain=grain)
     assert masks is not None
     return masks
 
