@@ -230,24 +230,33 @@ def _print_proof(proof: RankProof) -> None:
 
 
 def _print_ranking(report: RankReport) -> None:
-    """The best columns and combinations, with the best noise between them."""
+    """The best columns, how many are above the best noise, and the best combinations."""
+    for kind, title, most in (("column", "column", _SHOWN), ("combination", "combination", _SHOWN // 3)):
+        rows = [row for row in report.singles.to_pylist() if row["kind"] == kind]
+        if not rows:
+            continue
+        _print_scores(rows[:most], title)
+        if len(rows) > most:
+            typer.echo(f"… {len(rows) - most:,} more in feature_singles.tsv")
+        if kind == "column" and report.settings["controls"]:
+            above = sum(row["score"] > report.noise() for row in rows)
+            typer.echo(f"{above:,} of {len(rows):,} columns score above the best noise ({report.noise():.5f})")
+        typer.echo("")
+
+
+def _print_scores(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [row for row in report.singles.to_pylist() if row["kind"] != "control"]
+    heads = [("", "right"), (title, "left"), ("score (nats)", "right")]
+    plain = rows[0]["plain"] is not None  # of combinations it is not counted
     table = Table(box=None, pad_edge=False)
-    for name, side in (("", "right"), ("column", "left"), ("score (nats)", "right"), ("plain MI", "right")):
+    for name, side in [*heads, ("plain MI", "right")] if plain else heads:
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for number, row in enumerate(rows[:_SHOWN], 1):
-        plain = "" if row["plain"] is None else f"{row['plain']:.5f}"
-        table.add_row(str(number), _short(row["feature"]), f"{row['score']:.5f}", plain)
+    for number, row in enumerate(rows, 1):
+        cells = [str(number), _short(row["feature"]), f"{row['score']:.5f}"]
+        table.add_row(*cells, *([f"{row['plain']:.5f}"] if plain else []))
     Console(width=110, markup=False, highlight=False).print(table)
-    if len(rows) > _SHOWN:
-        typer.echo(f"… {len(rows) - _SHOWN:,} more in feature_singles.tsv")
-    if report.settings["controls"]:
-        above = sum(row["score"] > report.noise() for row in rows if row["kind"] == "column")
-        typer.echo(f"{above:,} of {len(report.features):,} columns score above the best noise ({report.noise():.5f})")
-    typer.echo("")
 
 
 def _short(name: str) -> str:
