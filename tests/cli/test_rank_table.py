@@ -126,6 +126,24 @@ def test_nothing_held_out_measures_nothing(run) -> None:
     assert code == 0 and "random" not in out and "CONTROL" not in Path("out/feature_singles.tsv").read_text()
 
 
+def test_a_dry_run_says_what_it_would_cost_and_writes_nothing(run, folder: Path) -> None:
+    plan = ["--dry-run", "--order", "2", "--pairs", "all"]
+    code, out, err = run(*BASE, *plan)
+    assert (code, err) == (0, "") and out.endswith("nothing was written\n") and sorted(os.listdir()) == ["t.csv"]
+    found = json.loads(run(*BASE, *plan, "--json")[1])
+    assert found["columns"] == 62 and found["rows"] == pytest.approx(4000, rel=0.1) and not found["rows_known"]
+    assert found["batches"] == pytest.approx(3, abs=1) and found["seconds"] > 0 and found["peak_bytes"] > 1e8
+    pq.write_table(table(), "t.parquet")
+    found = json.loads(run("t.parquet", *BASE[1:], "--dry-run", "--columns", "weak,signal", "--json")[1])
+    assert (found["rows"], found["rows_known"], found["columns"], found["files"]) == (4000, True, 2, 1)
+    with pa.CompressedOutputStream("t.csv.gz", "gzip") as file:
+        pa_csv.write_csv(table(), file)
+    assert "not known" in run("t.csv.gz", *BASE[1:], "--dry-run")[1]
+    for wrong, code in (("--label=why", 3), ("--order=0", 2), ("--columns=nose1", 3)):
+        assert run(*BASE, "--dry-run", wrong)[0] == code
+    assert not Path("out").exists()
+
+
 # --- exit codes ---------------------------------------------------------------------------------------------
 
 

@@ -313,6 +313,13 @@ def test_attribution_of_a_column_that_does_nothing_is_zero() -> None:
     assert max(abs(found.attributions[name]) for name in ("x2", "x5")) > 0.01
 
 
+def test_constant_columns_stand_behind_those_that_are_used() -> None:
+    x, _ = world()
+    x[:, [0, 7]] = 3.0
+    explainer = HighDimExplainer(black_box=oracle, k=2).fit(x)
+    assert set(explainer.columns_) == {2, 5} and (explainer.importance_.scores["sensitivity"][[0, 7]] == 0).all()
+
+
 @pytest.mark.parametrize("surrogate", ["rf", "gb"])
 def test_other_surrogates_have_fidelity_but_no_rules(surrogate: str) -> None:
     explainer, x = fitted(surrogate=surrogate, k=2, max_depth=3)

@@ -218,6 +218,38 @@ def test_whole_numbers_are_described_as_their_texts_are(values: list[int | None]
     assert found[0] == found[1] and found[0]["cardinality"] == len(set(values) - {None})
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_a_token_for_missing_may_have_blanks_around_it(kind: pa.DataType) -> None:
+    column = pa.chunked_array([pa.array([" ?", "?", "  ", "a ?", "\tNA ", None], kind)])
+    for tokens in (("?", "", "NA"), (" ? ", " ", "NA")):
+        quality = ColumnQuality(tokens)
+        quality.add(encode("c", column))
+        assert quality.summary()["coverage"] == pytest.approx(100 / 6) and quality.summary()["cardinality"] == 1
+    found = row_quality(pa.table({"c": column, "y": ["u"] * 6}), "y", ("?", "", "NA")).to_pylist()
+    assert found[0]["missing"] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize("values", [[3, -999, 4, -999], [3.0, -999.0, 4.0, -999.0], ["3", " -999", "4", "-999 "]])
+def test_a_number_may_stand_for_missing(values: list) -> None:
+    quality = ColumnQuality(("", "-999"))
+    quality.add(encode("c", pa.chunked_array([values])))
+    found = quality.summary()
+    assert (found["coverage"], found["cardinality"], found["min"], found["max"]) == (50, 2, 3, 4)
+
+
+def test_entropy_of_long_and_short_texts_is_that_of_their_counts() -> None:
+    texts = ["".join(np.random.default_rng(n).choice(list("abcdé漢"), n)) for n in (1, 2, 31, 32, 33, 400)]
+    for text in texts:
+        counts = np.unique(list(text), return_counts=True)[1] / len(text)
+        (found,) = row_quality(pa.table({"s": [text], "y": ["u"]}), "y", ("",)).to_pylist()
+        assert found["entropy"] == pytest.approx(-(counts * np.log(counts)).sum(), abs=1e-12)
+
+
+def test_zero_may_have_blanks_around_it() -> None:
+    table = pa.table({"s": [" 0", "0", "00", None], "x": [0.0, 1.0, np.nan, 0.0], "y": ["u"] * 4})
+    assert row_quality(table, "y", ("",)).to_pylist()[0]["zero"] == pytest.approx(4 / 8)
+
+
 def test_quality_of_rows_by_hand() -> None:
     table = pa.table({"y": ["a", "b", "a"], "s": ["aab", "x" * 31, ""], "n": [0, 5, 0], "u": ["äöü", None, "ää"]})
     found = row_quality(table, "y", ("",)).to_pylist()

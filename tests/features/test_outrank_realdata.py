@@ -45,9 +45,7 @@ def adult() -> pa.Table:
 
 
 def test_adult() -> None:
-    report = rank_table(
-        adult(), "income", pairs="all", order=2, controls=True, bins=16, hold_out=0.2, missing=("", " ?")
-    )
+    report = rank_table(adult(), "income", pairs="all", order=2, controls=True, bins=16, hold_out=0.2)
     assert report.counts["read"] == 32_561 == report.counts["scored"] + report.counts["held_out"]
     best = report.select(5)
     assert set(best[:2]) == {"relationship", "marital_status"} and "capital_gain" in best

@@ -444,6 +444,14 @@ def test_few_common_images_come_without_intervals() -> None:
     assert all_.n == 40 and np.isfinite(all_.p_value)
 
 
+def test_one_model_alone_is_compared_with_none() -> None:
+    result = made_up({("a", "m", "insertion"): np.linspace(0, 1, 40)}, {"a": np.ones(40)})
+    assert result.robust_minus_plain({}) == [] and result.pareto("insertion") == ["a"]
+    assert ("across models", "m", "insertion") not in result.confidence_bias()
+    with pytest.raises(InputError, match="no model 'b'"):
+        result.robust_minus_plain({"b": "a"})
+
+
 def test_no_single_winner_and_a_clear_one() -> None:
     scores = {(name, "m", "pointing"): np.full(4, worth) for name, worth in zip("ab", (0.2, 0.9))}
     result = made_up(scores, {"a": np.ones(4), "b": np.ones(4)})

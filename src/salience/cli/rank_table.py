@@ -66,6 +66,7 @@ def table(
     workers: Annotated[int | None, typer.Option(help="Threads [default: all cores]; does not change the result.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and how long it would take; write nothing.")] = False,
 ) -> None:  # fmt: skip
     """Rank columns by what they tell about a label, more than noise with as many values would (OutRank, RecSys 2023).
 
@@ -82,15 +83,20 @@ def table(
         raise InputError(f"--top must be at least 1, not {top}")
     if seed < 0:
         raise InputError(f"--seed must be 0 or larger, not {seed}")
-    chosen = None if columns is None else [name.strip() for name in columns.split(",")]
+    options: dict[str, Any] = dict(
+        order=order, pairs=pairs.value, combination_budget=budget, batch_rows=batch_rows, subsample=subsample,
+        shuffle=shuffle.value, bins=bins or None, missing=[*MISSING, *(missing or ())], hold_out=hold_out,
+        shifts=shifts, max_bad=0.0 if strict else max_bad, workers=workers,
+        columns=None if columns is None else [name.strip() for name in columns.split(",")],
+    )  # fmt: skip
+    if dry_run:
+        from salience.features.outrank.estimate import estimate_ranking
+
+        _print_plan(estimate_ranking(data, label, **options, with_controls=controls), as_json)
+        return
     inputs = [source.path for source in TableReader(data).sources]
     with Output(out, overwrite, [*data, *inputs], folder=True) as output:
-        report = _ranked(rank_table, data, label, dict(
-            order=order, pairs=pairs.value, combination_budget=budget, batch_rows=batch_rows, subsample=subsample,
-            shuffle=shuffle.value, controls=controls, bins=bins or None, missing=[*MISSING, *(missing or ())],
-            columns=chosen, hold_out=hold_out, shifts=shifts, max_bad=0.0 if strict else max_bad, random_state=seed,
-            workers=workers,
-        ))  # fmt: skip
+        report = _ranked(rank_table, data, label, options | {"controls": controls, "random_state": seed})
         proof = None
         if hold_out:
             try:
@@ -113,6 +119,22 @@ def table(
             }
         )
     _print(report, proof, out, as_json)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(plan))
+        return
+    typer.echo(f"table    {plan['files']:,} files, {plan['bytes'] / 1e6:,.1f} MB, {plan['columns']:,} columns to rank")
+    if plan["rows"] is None:
+        typer.echo("rows     not known: compressed text does not tell before it is read")
+    else:
+        typer.echo(f"rows     {'' if plan['rows_known'] else 'about '}{plan['rows']:,}, in {plan['batches']:,} batches")
+    typer.echo(f"passes   {plan['passes']} (the second over temporary files)" if plan["passes"] > 1 else "passes   1")
+    typer.echo(f"memory   about {plan['peak_bytes'] / 1e6:,.0f} MB with {plan['workers']} workers")
+    if plan["seconds"] is not None:
+        typer.echo(f"time     about {plan['seconds']:,.0f} s and the start, measured on the first batch")
+    typer.echo("nothing was written")
 
 
 def _ranked(rank_table: Any, data: list[str], label: str, options: dict[str, Any]) -> RankReport:
@@ -208,24 +230,33 @@ def _print_proof(proof: RankProof) -> None:
 
 
 def _print_ranking(report: RankReport) -> None:
-    """The best columns and combinations, with the best noise between them."""
+    """The best columns, how many are above the best noise, and the best combinations."""
+    for kind, title, most in (("column", "column", _SHOWN), ("combination", "combination", _SHOWN // 3)):
+        rows = [row for row in report.singles.to_pylist() if row["kind"] == kind]
+        if not rows:
+            continue
+        _print_scores(rows[:most], title)
+        if len(rows) > most:
+            typer.echo(f"… {len(rows) - most:,} more in feature_singles.tsv")
+        if kind == "column" and report.settings["controls"]:
+            above = sum(row["score"] > report.noise() for row in rows)
+            typer.echo(f"{above:,} of {len(rows):,} columns score above the best noise ({report.noise():.5f})")
+        typer.echo("")
+
+
+def _print_scores(rows: list[dict[str, Any]], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    rows = [row for row in report.singles.to_pylist() if row["kind"] != "control"]
+    heads = [("", "right"), (title, "left"), ("score (nats)", "right")]
+    plain = rows[0]["plain"] is not None  # of combinations it is not counted
     table = Table(box=None, pad_edge=False)
-    for name, side in (("", "right"), ("column", "left"), ("score (nats)", "right"), ("plain MI", "right")):
+    for name, side in [*heads, ("plain MI", "right")] if plain else heads:
         table.add_column(name, justify=side)  # type: ignore[arg-type]
-    for number, row in enumerate(rows[:_SHOWN], 1):
-        plain = "" if row["plain"] is None else f"{row['plain']:.5f}"
-        table.add_row(str(number), _short(row["feature"]), f"{row['score']:.5f}", plain)
+    for number, row in enumerate(rows, 1):
+        cells = [str(number), _short(row["feature"]), f"{row['score']:.5f}"]
+        table.add_row(*cells, *([f"{row['plain']:.5f}"] if plain else []))
     Console(width=110, markup=False, highlight=False).print(table)
-    if len(rows) > _SHOWN:
-        typer.echo(f"… {len(rows) - _SHOWN:,} more in feature_singles.tsv")
-    if report.settings["controls"]:
-        above = sum(row["score"] > report.noise() for row in rows if row["kind"] == "column")
-        typer.echo(f"{above:,} of {len(report.features):,} columns score above the best noise ({report.noise():.5f})")
-    typer.echo("")
 
 
 def _short(name: str) -> str:

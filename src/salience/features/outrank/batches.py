@@ -13,7 +13,15 @@ import numpy as np
 from jaxtyping import Float, Int, UInt
 
 from salience.features.outrank.columns import combine
-from salience.features.outrank.mutual_info import Target, class_sums, count_terms, entropy, entropy_of, target_of
+from salience.features.outrank.mutual_info import (
+    Target,
+    class_sums,
+    count_terms,
+    entropy,
+    entropy_of,
+    target_of,
+    value_sums,
+)
 
 _TOGETHER = 32  # combinations whose codes are laid out at once
 
@@ -93,12 +101,11 @@ class BatchScores:
 
     def _add_singles(self, codes, cardinalities, target: Target, terms) -> None:
         n, which = codes.shape[1], np.arange(len(codes))
-        whole = target_of(np.zeros(n, np.uint32), 1, 0)
         parts = np.array_split(which, min(len(which), 8))
 
         def part(which: np.ndarray) -> np.ndarray:
             sums = class_sums(codes, which, cardinalities, target, terms)
-            own = entropy_of(class_sums(codes, which, cardinalities, whole, terms)[:, 0], n)
+            own = entropy_of(value_sums(codes, which, cardinalities, terms), n)
             return np.stack([(sums[:, 0] - sums[:, 1:].mean(axis=1)) / n, own - entropy_of(sums[:, 0], n), own])
 
         of_target = entropy(np.diff(target.bounds))

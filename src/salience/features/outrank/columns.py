@@ -92,10 +92,16 @@ def as_text(values: pa.Array) -> pa.Array:
     return values.cast(pa.large_string())
 
 
+def trimmed(values: pa.Array, text: pa.Array) -> pa.Array:
+    """The texts without blanks around them, where the values are texts at all."""
+    blanks = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
+    return pc.utf8_trim_whitespace(text) if blanks else text
+
+
 def is_missing(values: pa.Array, text: pa.Array, missing: tuple[str, ...]) -> np.ndarray:
-    """Which distinct values stand for a missing one: null, NaN, or one of the given texts."""
-    symbols = pa.array([symbol.encode() for symbol in missing], pa.large_binary()).cast(text.type)
-    gone = pc.or_(pc.is_null(values, nan_is_null=True), pc.is_in(text, symbols))
+    """Which distinct values stand for a missing one: null, NaN, or one of the given texts, with or without blanks."""
+    symbols = pa.array([symbol.strip().encode() for symbol in missing], pa.large_binary()).cast(text.type)
+    gone = pc.or_(pc.is_null(values, nan_is_null=True), pc.is_in(trimmed(values, text), symbols))
     return gone.to_numpy(zero_copy_only=False)
 
 

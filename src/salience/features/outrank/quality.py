@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numba
 import numpy as np
@@ -10,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
-from salience.features.outrank.columns import Coded, as_text, encode, is_missing
+from salience.features.outrank.columns import Coded, as_text, encode, is_missing, trimmed
 from salience.features.outrank.sketch import ValueCounter, hashes_of, hashes_of_integers
 from salience.io import as_numbers
 
 MORE_THAN = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # times that a value occurs
 ROWS = 3000  # of a sample, that the quality of rows is taken from
+_SHORT = 32  # characters that are sorted by insertion
+_INTEGER = re.compile(r"[+-]?\d+")
 _POWERS = np.array([0] + [10**digits for digits in range(1, 20)], np.uint64)
 LONGER_THAN = (30, 60, 100, 200, 300)  # characters of a field
 
@@ -31,6 +34,7 @@ class ColumnQuality:
 
     def __init__(self, missing: tuple[str, ...]) -> None:
         self._missing = missing
+        self._missing_numbers = [int(text) for text in missing if _INTEGER.fullmatch(text.strip())]
         self._rows = self._gone = self._bytes = 0
         self._counter = ValueCounter()
         self._numeric = True
@@ -42,9 +46,15 @@ class ColumnQuality:
         seen = counts > 0
         if not seen.all():
             values, counts = values.filter(pa.array(seen)), counts[seen]
-        if pa.types.is_integer(values.type) and not values.null_count:  # dense whole numbers, of which none is missing
+        if pa.types.is_integer(values.type) and not values.null_count:
             numbers = values.to_numpy()
-            self._count(int(counts.sum()), 0, int(_digits(numbers) @ counts))
+            rows, length = int(counts.sum()), int(_digits(numbers) @ counts)
+            if self._missing_numbers:
+                known = ~np.isin(numbers, self._missing_numbers)
+                numbers, counts = numbers[known], counts[known]
+            self._count(rows, rows - int(counts.sum()), length)
+            if not len(numbers):
+                return
             self._counter.add(hashes_of_integers(numbers), counts)
         else:
             text = as_text(values)
@@ -100,9 +110,19 @@ def medians(sample: pa.Table, missing: tuple[str, ...]) -> dict[str, float | Non
     found: dict[str, float | None] = {}
     for name, column in zip(sample.column_names, sample.columns):
         numbers = as_numbers(column, missing)
-        known = numbers is not None and np.isfinite(numbers)
-        found[name] = float(np.median(numbers[known])) if numbers is not None and np.any(known) else None
+        if numbers is not None:
+            numbers = numbers[np.isfinite(numbers)]
+        found[name] = None if numbers is None or not len(numbers) else _median(numbers)
     return found
+
+
+def _median(numbers: Float[np.ndarray, " n"]) -> float:
+    """As `numpy.median`, in a third of its time."""
+    middle = len(numbers) // 2
+    if len(numbers) % 2:
+        return float(np.partition(numbers, middle)[middle])
+    low = np.partition(numbers, middle - 1)
+    return float((low[middle - 1] + low[middle:].min()) / 2)
 
 
 def row_quality(sample: pa.Table, label: str, missing: tuple[str, ...]) -> pa.Table:
@@ -113,16 +133,15 @@ def row_quality(sample: pa.Table, label: str, missing: tuple[str, ...]) -> pa.Ta
     """
     sample = sample.slice(0, ROWS)
     target = encode(label, sample[label])
-    order = np.argsort(target.codes, kind="stable")
     counts = np.bincount(target.codes, minlength=len(target.values))
     kept = counts > 0
-    starts = (np.cumsum(counts) - counts)[kept]
     names = ["missing", "zero", *(f"longer_than_{length}" for length in LONGER_THAN), "entropy"]
     fields = [name for name in sample.column_names if name != label]
-    shares = np.zeros((len(starts), len(names)))
+    of_rows = np.zeros((sample.num_rows, len(names)))
     for name in fields:
         coded = encode(name, sample[name])
-        shares += np.add.reduceat(_field_properties(coded, missing)[coded.codes[order]], starts)
+        of_rows += _field_properties(coded, missing)[coded.codes]
+    shares = np.stack([np.bincount(target.codes, each, len(counts))[kept] for each in of_rows.T], axis=1)
     shares /= counts[kept, None]
     shares[:, :-1] /= max(len(fields), 1)
     texts = as_text(target.values).filter(pa.array(kept))
@@ -141,21 +160,25 @@ def _digits(numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
 def _field_properties(coded: Coded, missing: tuple[str, ...]) -> Float[np.ndarray, "values properties"]:
     text = as_text(coded.values)
     gone = is_missing(coded.values, text, missing)
-    text = pc.fill_null(text, pa.scalar("" if pa.types.is_large_string(text.type) else b"", text.type))
+    empty, naught = (pa.scalar(value, pa.binary()).cast(text.type) for value in (b"", b"0"))
+    text = pc.fill_null(text, empty)
     _, offsets, data = text.buffers()
     bounds = np.frombuffer(offsets, np.int64)[text.offset : text.offset + len(text) + 1]
-    lengths, entropies, zero = _characters(np.frombuffer(data or b"", np.uint8), bounds)
+    lengths, entropies = _characters(np.frombuffer(data or b"", np.uint8), bounds)
+    zero = pc.equal(trimmed(coded.values, text), naught).to_numpy(zero_copy_only=False)
     return np.stack([gone, zero, *(lengths > longest for longest in LONGER_THAN), entropies], axis=1).astype(float)
 
 
 @numba.njit(nogil=True, cache=True)
 def _characters(data, bounds):
-    """Of UTF-8 texts: how many characters each has, their entropy in nats, and whether it is "0"."""
+    """Of UTF-8 texts: how many characters each has, and their entropy in nats."""
     lengths = np.zeros(len(bounds) - 1, np.int64)
     entropies = np.zeros(len(lengths))
-    zero = np.zeros(len(lengths), np.bool_)
+    longest = 0
     for i in range(len(lengths)):
-        points = np.empty(bounds[i + 1] - bounds[i], np.uint32)
+        longest = max(longest, bounds[i + 1] - bounds[i])
+    points = np.empty(longest, np.uint32)
+    for i in range(len(lengths)):
         n = 0
         for at in range(bounds[i], bounds[i + 1]):
             byte = np.uint32(data[at])
@@ -165,13 +188,22 @@ def _characters(data, bounds):
             elif n:
                 points[n - 1] = points[n - 1] << np.uint32(6) ^ byte
         lengths[i] = n
-        zero[i] = n == 1 and points[0] == 48
-        points = np.sort(points[:n])
-        run = 0
+        if n > _SHORT:
+            points[:n] = np.sort(points[:n])
+        else:
+            for at in range(1, n):  # by insertion
+                point, place = points[at], at
+                while place and points[place - 1] > point:
+                    points[place] = points[place - 1]
+                    place -= 1
+                points[place] = point
+        total, run = 0.0, 0
         for at in range(n):
             run += 1
             if at == n - 1 or points[at + 1] != points[at]:
-                share = run / n
-                entropies[i] -= share * np.log(share)
+                if run > 1:
+                    total += run * np.log(run)
                 run = 0
-    return lengths, entropies, zero
+        if n:
+            entropies[i] = np.log(n) - total / n
+    return lengths, entropies

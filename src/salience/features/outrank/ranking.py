@@ -62,7 +62,8 @@ def rank_table(
     bins : int, optional
         Put numeric columns whose values are nearly all distinct into so many quantile bins (by the first window).
     missing : sequence of str
-        Texts that count as missing; null and NaN always do. Missing is a value like others for the scores.
+        Texts that count as missing, blanks around them or not; null and NaN always do. Missing is a value like others
+        for the scores.
     columns : sequence of str, optional
         Rank these only.
     hold_out : float
@@ -88,13 +89,16 @@ def rank_table(
     NothingToDo
         No row, or no column besides the label.
     """
-    _check(order, pairs, combination_budget, batch_rows, subsample, shuffle, bins, hold_out, shifts, max_bad, workers)
+    missing = tuple(dict.fromkeys(text.strip() for text in missing))
+    check_options(
+        order, pairs, combination_budget, batch_rows, subsample, shuffle, bins, hold_out, shifts, max_bad, workers
+    )
     reader = TableReader(source, None if columns is None else [*(name for name in columns if name != label), label])
-    features = _features(reader, label, order, controls)
-    kept = Kept(reader, label, tuple(missing), subsample, hold_out, max_bad, random_state)
+    features = features_of(reader, label, order, controls)
+    kept = Kept(reader, label, missing, subsample, hold_out, max_bad, random_state)
     threads = available_cores() if workers is None else workers
     with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
-        run = _Run(features, label, controls, bins, tuple(missing), batch_rows, shuffle, random_state, pool)
+        run = _Run(features, label, controls, bins, missing, batch_rows, shuffle, random_state, pool)
         run.scores = BatchScores(
             len(run.columns), len(features), order=order, all_pairs=pairs == "all", budget=combination_budget,
             shifts=shifts, pool=pool,
@@ -168,7 +172,10 @@ class _Run:
                 self.constant_rows = max(self.constant_rows, len(rows))
                 self.not_scored += len(rows)
                 continue
-            self.scores.add(np.stack([column[rows] for column, _ in codes]), below, y, len(label.values))
+            batch = np.empty((len(codes), len(rows)), np.uint32)
+            for at, (column, _) in enumerate(codes):
+                np.take(column, rows, out=batch[at], mode="clip")  # "raise" would go by way of a buffer
+            self.scores.add(batch, below, y, len(label.values))
         self._check_classes()
 
     def _coded(self, name: str, column: pa.ChunkedArray) -> Coded:
@@ -233,7 +240,10 @@ class _Run:
             )
 
 
-def _check(order, pairs, budget, batch_rows, subsample, shuffle, bins, hold_out, shifts, max_bad, workers) -> None:
+def check_options(
+    order, pairs, budget, batch_rows, subsample, shuffle, bins, hold_out, shifts, max_bad, workers
+) -> None:
+    """Raise an `InputError` for an option of `rank_table` that is out of range."""
     for name, value, least in (
         ("order", order, 1), ("combination_budget", budget, 1), ("batch_rows", batch_rows, 2),
         ("subsample", subsample, 1), ("shifts", shifts, 1), ("bins", 2 if bins is None else bins, 2),
@@ -251,7 +261,8 @@ def _check(order, pairs, budget, batch_rows, subsample, shuffle, bins, hold_out,
         raise InputError(f"max_bad must be a share in 0..1, not {max_bad!r}")
 
 
-def _features(reader: TableReader, label: str, order: int, with_controls: bool) -> list[str]:
+def features_of(reader: TableReader, label: str, order: int, with_controls: bool) -> list[str]:
+    """The columns to rank: all but the label, whose names can be told from combinations and controls."""
     if label not in reader.columns:
         where = reader.sources[0].path or "the table"
         raise DataError(f"{where} has no column {label!r} to rank by ({nearest(label, reader.columns)})")

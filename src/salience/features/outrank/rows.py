@@ -54,8 +54,8 @@ class Rows(NamedTuple):
 
     def take(self, where: np.ndarray) -> Rows:
         """Rows at given places, or where a mask holds."""
-        places = np.flatnonzero(where) if where.dtype == bool else where
-        return Rows(self.table.take(pa.array(places)), self.key[places], self.held[places], self.sample[places])
+        rows = self.table.filter(pa.array(where)) if where.dtype == bool else self.table.take(pa.array(where))
+        return Rows(rows, self.key[where], self.held[where], self.sample[where])
 
     @classmethod
     def joined(cls, parts: list[Rows]) -> Rows:
@@ -169,13 +169,13 @@ class KeyedSample:
 
     def offer(self, rows: Rows, which: Bool[np.ndarray, " n"]) -> None:
         """Take in those of the rows where `which` holds that may belong to the sample."""
-        places = np.flatnonzero(which & (rows.sample < self._limit))
-        if len(places) > self._size:
-            places = places[np.argpartition(rows.sample[places], self._size - 1)[: self._size]]
-        if not len(places):
+        wanted = which & (rows.sample < self._limit)
+        if wanted.sum() > self._size:
+            wanted &= rows.sample <= np.partition(rows.sample[wanted], self._size - 1)[self._size - 1]
+        if not wanted.any():
             return
-        self._parts.append(rows.take(places))
-        self._count += len(places)
+        self._parts.append(rows.take(wanted))
+        self._count += int(wanted.sum())
         if self._count > 1.25 * self._size:
             self._parts = [self.rows()]
             self._count = self._size
