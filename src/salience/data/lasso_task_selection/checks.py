@@ -16,7 +16,7 @@ def finite(name: str, values: ArrayLike, dims: int) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} must be numbers: {error}") from None
     if array.ndim != dims or not array.size:
-        raise InputError(f"{name} must have {dims} dimension{'s' * (dims > 1)} and not be empty, not shape {array.shape}")
+        raise InputError(f"{name} must have {dims} dimension{'s' * (dims > 1)} and a value, not shape {array.shape}")
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         at = tuple(int(i) for i in bad[0])

@@ -33,6 +33,9 @@ class LinearMTRL(BaseEstimator):
         Width k of the representation.
     fit_intercept : bool
         Each task has a level of its own (inputs and labels are centred within the task).
+    scale_labels : bool
+        Learn the representation from labels of unit size in every task, for tasks whose labels have different units.
+        Heads are those of the labels as they are.
     ridge : float
         Added to the normal equations of B, as a share of their mean diagonal. The default only keeps them solvable;
         inputs with many correlated columns want more, such as 0.01.
@@ -49,8 +52,10 @@ class LinearMTRL(BaseEstimator):
         W, the heads of the source tasks.
     noise_ : (T,) float
         Standard deviation of each task's residuals, k degrees of freedom taken off; NaN for a task of k rows or fewer.
-    target_head_, target_noise_, target_error_ : (k,) float, float, float
-        After `fit_target`: the head, the residuals' deviation, and the expected error of the head (Euclidean norm).
+    target_head_, target_noise_ : (k,) float, float
+        After `fit_target`: the head, and the deviation of its residuals.
+    target_spread_, target_error_ : (k, k) float, float
+        R with ``R'R`` the second moment of the target's features, and the expected ``||R (w - w*)||``.
     coef_, intercept_ : (d,) float, float
         After `fit_target`: ``B w`` and the level.
 
@@ -61,10 +66,12 @@ class LinearMTRL(BaseEstimator):
     """
 
     def __init__(
-        self, *, rank: int = 4, fit_intercept: bool = True, ridge: float = 1e-10, max_iter: int = 100, tol: float = 1e-7
-    ) -> None:
+        self, *, rank: int = 4, fit_intercept: bool = True, scale_labels: bool = False, ridge: float = 1e-10,
+        max_iter: int = 100, tol: float = 1e-7,
+    ) -> None:  # fmt: skip
         self.rank = rank
         self.fit_intercept = fit_intercept
+        self.scale_labels = scale_labels
         self.ridge = ridge
         self.max_iter = max_iter
         self.tol = tol
@@ -92,7 +99,8 @@ class LinearMTRL(BaseEstimator):
         self._check(width)
         if total < self.rank:
             raise DataError(f"the source tasks have {total} rows in all; rank {self.rank} needs as many at least")
-        self.B_ = self._representation(rows)
+        unit = [float(np.sqrt((labels**2).mean())) if len(labels) and self.scale_labels else 1.0 for _, labels in rows]
+        self.B_ = self._representation([(inputs, labels / (size or 1.0)) for (inputs, labels), size in zip(rows, unit)])
         found = [head(inputs @ self.B_, labels, self.fit_intercept) for inputs, labels in rows]
         self.heads_ = np.stack([one.weights for one in found], axis=1)
         self.noise_ = np.array([one.noise for one in found])
@@ -110,6 +118,7 @@ class LinearMTRL(BaseEstimator):
         inputs, labels = check_task("target", X, y, len(self.B_))
         found = head(inputs @ self.B_, labels, self.fit_intercept)
         self.target_head_, self.target_noise_, self.target_error_ = found.weights, found.noise, found.error
+        self.target_spread_ = found.spread
         self.coef_, self.intercept_ = self.B_ @ found.weights, found.level
         return self
 
@@ -154,32 +163,41 @@ class LinearMTRL(BaseEstimator):
 
 
 class Head(NamedTuple):
-    """A least-squares head: `weights` (k,), `level`, deviation `noise` of residuals, expected `error` of the weights."""
+    """A least-squares head on features Z.
+
+    Attributes
+    ----------
+    weights : (k,) float
+    level : float
+        Constant term.
+    noise : float
+        Standard deviation of the residuals; NaN where no degree of freedom is left.
+    spread : (k, k) float
+        R with ``R'R = Z'Z / n`` (Z centred, with an intercept): ``||R v||`` is the size of the predictions ``Z v``.
+    error : float
+        Expected ``||R (w - w*)||``, which is ``noise sqrt(k / n)``.
+    """
 
     weights: Float[np.ndarray, " k"]
     level: float
     noise: float
+    spread: Float[np.ndarray, "k k"]
     error: float
 
 
 def head(features: Float[np.ndarray, "n k"], labels: Float[np.ndarray, " n"], intercept: bool) -> Head:
-    """Least squares of labels on features (the shortest solution where there are several).
-
-    The error is ``sqrt(sigma^2 tr (Z'Z)^+)``, of the order ``sqrt(sigma^2 k / n)``. Noise and error are NaN where no
-    degree of freedom is left.
-    """
+    """Least squares of labels on features (the shortest solution where there are several)."""
     n, k = features.shape
     if not n:
-        return Head(np.zeros(k), 0.0, math.nan, math.nan)
+        return Head(np.zeros(k), 0.0, math.nan, np.zeros((k, k)), math.nan)
     middle, mean = (features.mean(0), float(labels.mean())) if intercept else (np.zeros(k), 0.0)
     centred = features - middle
-    weights, _, _, sizes = np.linalg.lstsq(centred, labels - mean, rcond=None)
+    weights = np.linalg.lstsq(centred, labels - mean, rcond=None)[0]
+    sizes, axes = np.linalg.eigh(centred.T @ centred / n)
+    spread = np.sqrt(np.maximum(sizes, 0.0))[:, None] * axes.T
     free = n - k - int(intercept)
-    if free < 1:
-        return Head(weights, mean - float(middle @ weights), math.nan, math.nan)
-    noise = float(np.linalg.norm(labels - mean - centred @ weights)) / math.sqrt(free)
-    kept = sizes[sizes > sizes[0] * max(n, k) * np.finfo(float).eps]
-    return Head(weights, mean - float(middle @ weights), noise, noise * math.sqrt(float((1 / kept**2).sum())))
+    noise = float(np.linalg.norm(labels - mean - centred @ weights)) / math.sqrt(free) if free > 0 else math.nan
+    return Head(weights, mean - float(middle @ weights), noise, spread, noise * math.sqrt(k / n))
 
 
 def check_tasks(tasks: Sequence[tuple[ArrayLike, ArrayLike]]) -> list[Task]:
@@ -196,8 +214,8 @@ def check_task(name: str, X: ArrayLike, y: ArrayLike, width: int) -> Task:
     inputs, labels = np.asarray(X, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if inputs.ndim != 2 or labels.shape != inputs.shape[:1] or inputs.shape[1] != width or not width:
         raise InputError(
-            f"{name} has inputs of shape {inputs.shape} and labels of shape {labels.shape}; (n, {width or 'd'}) and (n,) "
-            "are needed"
+            f"{name} has inputs of shape {inputs.shape} and labels of shape {labels.shape}; (n, {width or 'd'}) and "
+            "(n,) are needed"
         )
     for what, values in (("inputs", inputs), ("labels", labels)):
         bad = np.argwhere(~np.isfinite(values))

@@ -86,7 +86,9 @@ class TaskSelection:
             word = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "no better than"
             words.append(f"{word} {STRATEGY_NAMES[other]} ({gain.mean:+.4f} in its favour, 95 % interval "
                          f"{gain.low:+.4f} … {gain.high:+.4f})")  # fmt: skip
-        return f"{STRATEGY_NAMES[self.strategy]} is {' and '.join(words)} here, by {self.measure} of held-out target rows"
+        return (
+            f"{STRATEGY_NAMES[self.strategy]} is {' and '.join(words)} here, by {self.measure} of held-out target rows"
+        )
 
     @property
     def equation(self) -> str:
@@ -190,7 +192,9 @@ def _run(
 ) -> tuple[ActiveRun, list[Int[np.ndarray, " _"]]]:
     """One active run over the pools, and which rows of each pool it took."""
     options = dict(options)
-    orders = [np.random.default_rng([seed, number]).permutation(len(pool)) for number, pool in enumerate(tables.sources)]
+    orders = [
+        np.random.default_rng([seed, number]).permutation(len(pool)) for number, pool in enumerate(tables.sources)
+    ]
     taken = np.zeros(len(orders), dtype=np.int64)
 
     def sampler(counts: Int[np.ndarray, " T"]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -203,8 +207,8 @@ def _run(
 
     run = active_mtrl(
         sampler, (target.inputs, target.labels), options.pop("budget"), sources=len(orders), strategy=strategy,
-        trainer=LinearMTRL(rank=options.pop("rank"), ridge=_RIDGE), pools=[len(pool) for pool in tables.sources],
-        **options,
+        trainer=LinearMTRL(rank=options.pop("rank"), ridge=_RIDGE, scale_labels=True),
+        pools=[len(pool) for pool in tables.sources], **options,
     )  # fmt: skip
     return run, [np.sort(order[:count]) for order, count in zip(orders, run.taken)]
 

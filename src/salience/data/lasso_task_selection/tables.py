@@ -150,8 +150,8 @@ def _labels(
     words = [words_of(table, label, "label") for table in tables]
     classes = sorted({word for one in words for word in one if word is not None})
     if positive is None and len(classes) != 2:
-        raise InputError(f"label {label!r} has {len(classes)} classes ({', '.join(classes[:6])}); --positive names the one "
-                         "that is told from the others")  # fmt: skip
+        raise InputError(f"label {label!r} has {len(classes)} classes ({', '.join(classes[:6])}); --positive names the "
+                         "one that is told from the others")  # fmt: skip
     if positive is not None and positive not in classes:
         raise InputError(f"--positive {positive!r} is no class of {label!r} ({nearest(positive, classes)})")
     one = positive or classes[1]

@@ -67,7 +67,7 @@ class TrunkMTRL(BaseEstimator):
         Heads of the source tasks.
     noise_ : (T,) or (outputs, T) float
         Root mean square residual of each task.
-    target_head_, target_level_, target_noise_, target_error_
+    target_head_, target_level_, target_noise_, target_error_, target_spread_
         As of `LinearMTRL`, with a first axis for several outputs.
 
     Notes
@@ -128,6 +128,7 @@ class TrunkMTRL(BaseEstimator):
         features = self._features(inputs)
         found = [head(features, column, True) for column in labels.double().numpy().T]
         self.target_level_ = np.array([one.level for one in found])
+        self.target_spread_ = found[0].spread
         parts = [np.array([getattr(one, name) for one in found]) for name in ("weights", "noise", "error")]
         single = len(found) == 1
         self.target_head_, self.target_noise_, self.target_error_ = [p[0] for p in parts] if single else parts
