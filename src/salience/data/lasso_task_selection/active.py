@@ -122,8 +122,8 @@ def active_mtrl(
     Notes
     -----
     Source: arXiv 2306.02556; reconstructed in details: the growth of rounds, and that phase 0 counts in the budget, and
-    that the Lasso's residual is 0.3 times the expected error of the target's head (the paper gives an order of magnitude;
-    a whole error was too sparse in our development runs: a target is then explained by one or two wrong sources).
+    that the Lasso's residual is 0.3 times the expected error of the target's head (the paper gives an order of
+    magnitude; at a whole error, one or two sources explained the target in our development runs, often wrong ones).
     """
     if strategy not in STRATEGIES:
         raise InputError(f"strategy must be 'l1', 'l2' or 'passive', not {strategy!r}")

@@ -93,8 +93,9 @@ def allocate_samples(
         raise InputError(f"budget of {budget:g} does not cover the floor, which takes {budget - money + price @ low:g}")
     if price[chosen] @ high[chosen] < money * (1 - 1e-12):
         most = budget - money + price[chosen] @ high[chosen]
-        raise InputError(f"budget of {budget:g} is more than the pools of the {chosen.sum()} tasks that are taken hold: "
-                         f"{most:g}")  # fmt: skip
+        raise InputError(
+            f"budget of {budget:g} is more than the pools of the {chosen.sum()} tasks that are taken hold: {most:g}"
+        )
     shares = np.where(chosen, np.where(weights > 0, weights, 1.0 if power == 0 else 0.0) ** power, 0.0) / np.sqrt(price)
     amounts = _fill(shares, low, high, price, money)
     if price @ amounts < money * (1 - 1e-12):  # the relevant pools are used up
