@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +145,10 @@ def select_tasks(
     plan = plan_of(tables, budget, rank=rank, floor=floor, costs=costs)
     options = {"rounds": rounds, "top": top, **plan}
     say("choosing")
-    run, rows = _run(tables, tables.target, strategy, options, random_state)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run, rows = _run(tables, tables.target, strategy, options, random_state)
+    tables.notes += list(dict.fromkeys(str(one.message) for one in told))
     errors: dict[str, list[np.ndarray]] = {}
     if len(tables.target) >= 2 * _FOLDS:
         errors = _cross_validated(tables, strategy, options, draws, random_state, say)
@@ -225,7 +229,9 @@ def _cross_validated(
         say(f"measuring: fold {number + 1} of {_FOLDS}")
         part = Pool(target.name, target.inputs[train], target.labels[train], target.rows[train], target.table)
         for plan in plans:
-            run, _ = _run(tables, part, plan[0], options, plan[1])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a fold without a relevant source
+                run, _ = _run(tables, part, plan[0], options, plan[1])
             errors[plan][test] = _error(run.model.predict(target.inputs[test]), target.labels[test], tables.classes)
         ridge = RidgeCV(np.logspace(-2, 4, 13)).fit(part.inputs, part.labels)
         alone[test] = _error(ridge.predict(target.inputs[test]), target.labels[test], tables.classes)
