@@ -57,6 +57,11 @@ FITS = {
         lambda model: model.fit(RAW, TARGET),
         lambda model: model.select(RAW, 5),
     ),
+    "salience.data:LinearMTRL": (
+        {"rank": 2},
+        lambda model: model.fit([(TABLE[:40], LABELS[:40]), (TABLE[40:], TABLE[40:, 1])]).fit_target(TABLE, LABELS),
+        lambda model: model.predict(TABLE),
+    ),
     "salience.weights:DeltaPruner": (
         {"rate": 0.5, "rescale": "global", "exclude": ()},
         lambda model: model.fit(*networks(), batches=[torch.ones(4, 3)]),

@@ -1,0 +1,185 @@
+"""`salience select tasks`: what is printed first, what is written, and bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from salience.cli import main
+from salience.data import select_tasks
+from salience.errors import DataError, InputError, NothingToDo
+from salience.scores import Scores
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and messages of one command."""
+    sys.argv = ["salience", *map(str, arguments)]
+    capsys.readouterr()
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.fixture(autouse=True)
+def _argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture(scope="module")
+def clinics(tmp_path_factory) -> Path:
+    """Eight source tables whose labels hang on two directions, and a target that is like the third of them."""
+    folder = tmp_path_factory.mktemp("clinics")
+    rng = np.random.default_rng(0)
+    B = np.linalg.qr(rng.normal(size=(12, 2)))[0]
+    angles = np.linspace(0, np.pi, 8, endpoint=False)
+    for name, angle, rows in [*((f"c{n}", a, 300) for n, a in enumerate(angles)), ("target", angles[2], 30)]:
+        X = rng.normal(size=(rows, 12))
+        y = X @ B @ [np.cos(angle), np.sin(angle)] + 0.5 * rng.normal(size=rows)
+        frame = pd.DataFrame(X, columns=[f"x{i}" for i in range(12)])
+        frame["stay"], frame["kind"] = y, np.where(y > 0, "long", "short")
+        frame["clinic"] = name
+        frame.to_csv(folder / f"{name}.csv", index=False)
+    return folder
+
+
+def base(folder: Path) -> list[object]:
+    return ["select", "tasks", *sorted(folder.glob("c*.csv")), "--target", folder / "target.csv", "--rank", 2]
+
+
+def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "chosen"
+    code, told, err = run(capsys, *base(clinics), "-y", "stay", "-n", 400, "-o", out)
+    assert code == 0, err
+    first = told.splitlines()[0]
+    assert first.startswith("L1 relevance is ") and "equal shares" in first and "target rows alone" in first
+    assert "2,400 source rows read = 400 taken + 2,000 not taken + 0 incomplete" in told
+    plan = pyarrow.csv.read_csv(out / "plan.csv").to_pylist()
+    assert sum(row["take"] for row in plan) == 400 and plan[0]["task"] in ("c1.csv", "c2.csv", "c3.csv")
+    chosen = pyarrow.parquet.read_table(out / "chosen.parquet")
+    taken = chosen.to_pandas().groupby("task").size().to_dict()
+    assert taken == {row["task"]: row["take"] for row in plan}
+    assert not chosen.to_pandas().duplicated().any()
+    assert Scores.load(out / "scores.parquet").unit == "task"
+    page = (out / "report.html").read_text()
+    assert "equal shares" in page and "c2.csv" in page and "unexplained" in page
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["parameters"]["rank"] == 2 and len(manifest["inputs"]) == 9
+
+
+def test_the_same_seed_chooses_the_same_rows(clinics: Path, tmp_path: Path, capsys) -> None:
+    tables = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert run(capsys, *base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / name, "--seed", seed)[0] == 0
+        tables.append(pyarrow.parquet.read_table(tmp_path / name / "chosen.parquet"))
+    assert tables[0].equals(tables[1]) and not tables[0].equals(tables[2])
+
+
+def test_labels_of_words_a_task_column_and_json(clinics: Path, tmp_path: Path, capsys) -> None:
+    whole = tmp_path / "all.csv"
+    pd.concat([pd.read_csv(path) for path in clinics.glob("c*.csv")]).to_csv(whole, index=False)
+    code, told, err = run(capsys, "select", "tasks", whole, "--task", "clinic", "-t", clinics / "target.csv", "-y", "kind",
+                          "-n", 300, "--rank", 2, "-o", tmp_path / "out", "--json", "--strategy", "l2")  # fmt: skip
+    found = json.loads(told)
+    assert code == 0, err
+    assert found["measure"] == "share of wrong signs" and found["settings"]["classes"] == ["long", "short"]
+    assert {row["task"] for row in found["plan"]} == {f"c{n}" for n in range(8)}
+    assert set(found["held_out"]) == {"l1", "l2", "passive", "alone"} and found["verdict"].startswith("L2 relevance")
+
+
+def test_prices_are_kept_within(clinics: Path, tmp_path: Path, capsys) -> None:
+    prices = {f"c{n}.csv": 1 + n for n in range(8)}
+    table = tmp_path / "prices.csv"
+    table.write_text("task,cost\n" + "".join(f"{name},{price}\n" for name, price in prices.items()))
+    command = (*base(clinics), "-y", "stay", "-n", 1500, "--costs", table, "--floor", 8, "-o", tmp_path / "out")
+    code, _, err = run(capsys, *command)
+    plan = pyarrow.csv.read_csv(tmp_path / "out" / "plan.csv").to_pylist()
+    assert code == 0, err
+    assert 1500 - 8 < sum(row["take"] * prices[row["task"]] for row in plan) <= 1500
+    table.write_text("task,cost\nc0.csv,1\n")
+    assert "there is no price for task 'c1.csv'" in run(capsys, *command, "--overwrite")[2]
+    table.write_text("task,cost\nc0.csv,0\n")
+    assert "a price above 0 is needed" in run(capsys, *command, "--overwrite")[2]
+
+
+def test_a_dry_run_writes_nothing(clinics: Path, tmp_path: Path, capsys) -> None:
+    code, told, _ = run(capsys, *base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / "out", "--dry-run", "--json")
+    assert code == 0 and json.loads(told)["tasks"] == 8 and not list(tmp_path.iterdir())
+
+
+def test_an_output_is_never_replaced_unasked(clinics: Path, tmp_path: Path, capsys) -> None:
+    command = (*base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / "out")
+    assert run(capsys, *command)[0] == 0
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "--overwrite" in err
+    assert run(capsys, *command, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "told"),
+    [
+        (["-y", "sta", "-n", 200], 2, "label 'sta' is no column of"),
+        (["-y", "stay", "-n", 20], 2, "does not cover"),
+        (["-y", "stay", "-n", 0], 2, "budget must be at least 1"),
+        (["-y", "stay", "-n", 5000], 2, "more than the pools"),
+        (["-y", "stay", "-n", 200, "--seed", -1], 2, "--seed"),
+        (["-y", "stay", "-n", 200, "--top", 9], 2, "top must be"),
+        (["-y", "kind", "-n", 200, "--positive", "lang"], 2, "is no class of 'kind' \\(nearest names: 'long'"),
+    ],
+)
+def test_bad_options_are_named(clinics: Path, tmp_path: Path, capsys, extra: list, code: int, told: str) -> None:
+    import re
+
+    got, _, err = run(capsys, *base(clinics), *extra, "-o", tmp_path / "out")
+    assert got == code and re.search(told, err), err
+    assert not list(tmp_path.iterdir())
+
+
+def frame(rows: int = 30, **columns) -> dict[str, list]:
+    rng = np.random.default_rng(rows)
+    return {"a": rng.normal(size=rows).tolist(), "b": rng.normal(size=rows).tolist(),
+            "y": rng.normal(size=rows).tolist()} | columns  # fmt: skip
+
+
+def test_tables_that_do_not_fit_are_told() -> None:
+    with pytest.raises(InputError, match="no source"):
+        select_tasks([], frame(), "y", 10)
+    with pytest.raises(InputError, match="label 'y' is no column of task 0"):
+        select_tasks([{"a": [1.0]}], frame(), "y", 10)
+    with pytest.raises(DataError, match="no column of numbers"):
+        select_tasks([{"c": [1.0], "y": [1.0]}], frame(), "y", 10)
+    with pytest.raises(DataError, match="words in some tables and numbers in others"):
+        select_tasks([frame(y=["u", "v"] * 15)], frame(), "y", 10)
+    with pytest.raises(InputError, match="has 3 classes"):
+        select_tasks([frame(y=["u", "v", "w"] * 10)], frame(y=["u", "v", "w"] * 10), "y", 10)
+    with pytest.raises(NothingToDo, match="no complete row"):
+        select_tasks([frame(a=[None] * 29 + [1.0], y=[1.0] * 29 + [None])], frame(), "y", 10)
+    with pytest.raises(DataError, match="every input is constant"):
+        select_tasks([frame(a=[1.0] * 30, b=[2.0] * 30)], frame(), "y", 10)
+
+
+def test_incomplete_rows_and_idle_columns_are_counted() -> None:
+    holes = frame(60)
+    holes["a"][3] = None
+    holes["y"][4] = None
+    holes["word"] = ["x"] * 60
+    holes["still"] = [1.0] * 60
+    found = select_tasks([holes, frame(50) | {"still": [1.0] * 50}], frame(20) | {"still": [1.0] * 20}, "y", 60, rank=1)
+    assert found.counts == {"rows": 110, "used": 108, "incomplete": 2}
+    assert any("word" in note for note in found.notes) and any("constant" in note for note in found.notes)
+    assert found.taken.sum() == 60 == found.chosen.num_rows
+
+
+def test_a_target_too_small_to_hold_rows_out_is_not_measured() -> None:
+    found = select_tasks([frame(60), frame(61)], frame(6), "y", 60, rank=1)
+    assert found.verdict.startswith("not measured") and not found.errors and found.taken.sum() == 60
