@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
+    from salience.data.loss_reweighting.reweighter import LossReweighter
+    from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
+    from salience.data.loss_reweighting.trainer import TrainerReweighting
+    from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
     from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
@@ -17,18 +21,29 @@ _WHERE: dict[str, str] = {
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
     "AlreadyDone": "text_selection",
+    "LossReweighter": "loss_reweighting.reweighter", "SequenceLosses": "loss_reweighting.sequences",
+    "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
+    "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
+    "weight_diagnostics": "loss_reweighting.weighting",
 }  # fmt: skip
 __all__ = [
     "DSIR",
     "AlreadyDone",
     "HashedNgrams",
     "HeuristicClassifier",
+    "LossReweighter",
+    "SequenceLosses",
     "TextSelection",
+    "TrainerReweighting",
+    "WeightDiagnostics",
     "gumbel_topk",
     "kl_reduction",
     "lexical_overlap",
+    "loss_weights",
     "mean_log_count",
+    "per_sequence_loss",
     "score_text",
     "select_text",
+    "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
