@@ -301,11 +301,11 @@ def test_bad_parameters(arguments: dict, told: str) -> None:
 
 
 def test_bad_calls() -> None:
-    with pytest.raises(InputError, match="total_steps: burn_in=0.05 is a share"):
+    with pytest.raises(InputError, match="total_steps: burn_in=.* is a share"):
         LossReweighter().coefficients(LOSSES)
     with pytest.raises(InputError, match="tokens: length_weight"):
         LossReweighter(burn_in=0, length_weight="token").coefficients(LOSSES)
-    with pytest.raises(InputError, match="r_schedule: gave 0.0 at step 4"):
+    with pytest.raises(InputError, match="r_schedule: gave .* at step 4"):
         LossReweighter(burn_in=0, r_schedule=lambda step, total: 0.0).coefficients(LOSSES, step=4)
     with pytest.raises(InputError, match="no training step"):
         LossReweighter().diagnostics()
@@ -342,9 +342,12 @@ def two(tmp_path_factory) -> tuple[list[dict], list[dict]]:
               "PYTHONPATH": source}  # fmt: skip
     started = [
         subprocess.Popen(
-            [sys.executable, ranks.__file__, str(folder)], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            [sys.executable, ranks.__file__, str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     told = [process.communicate(timeout=300)[0] for process in started]
