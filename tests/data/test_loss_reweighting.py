@@ -301,11 +301,11 @@ def test_bad_parameters(arguments: dict, told: str) -> None:
 
 
 def test_bad_calls() -> None:
-    with pytest.raises(InputError, match="total_steps: burn_in=.* is a share"):
+    with pytest.raises(InputError, match=r"total_steps: burn_in=.* is a share"):
         LossReweighter().coefficients(LOSSES)
     with pytest.raises(InputError, match="tokens: length_weight"):
         LossReweighter(burn_in=0, length_weight="token").coefficients(LOSSES)
-    with pytest.raises(InputError, match="r_schedule: gave .* at step 4"):
+    with pytest.raises(InputError, match=r"r_schedule: gave .* at step 4"):
         LossReweighter(burn_in=0, r_schedule=lambda step, total: 0.0).coefficients(LOSSES, step=4)
     with pytest.raises(InputError, match="no training step"):
         LossReweighter().diagnostics()

@@ -6,6 +6,11 @@ from salience._lazy import exports
 
 if TYPE_CHECKING:
     from salience.data.baselines import HeuristicClassifier, lexical_overlap, mean_log_count
+    from salience.data.bias_loss.diversity import Diversity, diversity_report, diversity_scores
+    from salience.data.bias_loss.skipblock import SkipBlock, SkipblockNet
+    from salience.data.bias_loss.trainer import TrainerBiasLoss
+    from salience.data.bias_loss.variance import feature_variance
+    from salience.data.bias_loss.weighted import BiasLoss
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
@@ -21,6 +26,10 @@ _WHERE: dict[str, str] = {
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
     "AlreadyDone": "text_selection",
+    "BiasLoss": "bias_loss.weighted", "Diversity": "bias_loss.diversity", "SkipBlock": "bias_loss.skipblock",
+    "SkipblockNet": "bias_loss.skipblock", "TrainerBiasLoss": "bias_loss.trainer",
+    "diversity_report": "bias_loss.diversity", "diversity_scores": "bias_loss.diversity",
+    "feature_variance": "bias_loss.variance",
     "LossReweighter": "loss_reweighting.reweighter", "SequenceLosses": "loss_reweighting.sequences",
     "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
     "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
@@ -29,13 +38,21 @@ _WHERE: dict[str, str] = {
 __all__ = [
     "DSIR",
     "AlreadyDone",
+    "BiasLoss",
+    "Diversity",
     "HashedNgrams",
     "HeuristicClassifier",
     "LossReweighter",
     "SequenceLosses",
+    "SkipBlock",
+    "SkipblockNet",
     "TextSelection",
+    "TrainerBiasLoss",
     "TrainerReweighting",
     "WeightDiagnostics",
+    "diversity_report",
+    "diversity_scores",
+    "feature_variance",
     "gumbel_topk",
     "kl_reduction",
     "lexical_overlap",

@@ -8,23 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback
 
 from salience.data.loss_reweighting.reweighter import LossReweighter
 from salience.data.loss_reweighting.sequences import IGNORED, per_sequence_loss
 from salience.errors import InputError
 from salience.model.at import logits_of
+from salience.model.trainer_loss import TrainerLoss
 
 
-class TrainerReweighting(TrainerCallback):
+class TrainerReweighting(TrainerLoss):
     """Put a `LossReweighter` under a `transformers.Trainer`, as its loss function and one of its callbacks.
 
         reweighting = TrainerReweighting(LossReweighter("linupper", r=0.4))
         Trainer(model, args, ..., compute_loss_func=reweighting, callbacks=[reweighting])
 
-    The callback tells the loss the step, and undoes what the trainer does to losses of its own: it multiplies by the
-    number of processes (``average_tokens_across_devices``), and leaves the division by the number of accumulated
-    micro-batches to the loss function. Evaluation reports the plain mean.
+    Steps, gradient accumulation and the trainer's own scaling are minded (see `TrainerLoss`). Evaluation reports the
+    plain mean. Losses that a model adds itself (of its router, say) are not in it.
 
     Parameters
     ----------
@@ -51,56 +50,33 @@ class TrainerReweighting(TrainerCallback):
         per_sample: Callable[[Any, Tensor], tuple[Tensor, Tensor | None]] | None = None,
         id_column: str | None = None,
     ) -> None:
+        super().__init__()
         self.reweighter = LossReweighter() if reweighter is None else reweighter
         self.per_sample = per_sample
         self.id_column = id_column
-        self._args: Any = None
-        self._step, self._total_steps, self._accumulated = 0, 0, 1
         self._ids: Tensor | None = None
         self._hook: Any = None
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The loss of a (micro-)batch, as `Trainer` calls it."""
-        if self._args is None:
-            raise InputError("callbacks: give the trainer this object in callbacks=[…], too, not only as the loss")
+    def loss(self, outputs: Any, labels: Tensor) -> Tensor:
+        """The reweighted loss of a (micro-)batch; without gradients, the plain mean."""
         losses, tokens = (_cross_entropies if self.per_sample is None else self.per_sample)(outputs, labels)
-        loss = self.reweighter(losses, tokens, ids=self._ids, step=self._step, total_steps=self._total_steps)
-        if torch.is_grad_enabled():
-            loss = loss / self._accumulated
-        if self._args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss / self._args.world_size  # by which the trainer is going to multiply
-        return loss
+        return self.reweighter(losses, tokens, ids=self._ids, step=self.step, total_steps=self.total_steps)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take note of how the trainer scales losses."""
-        if args.n_gpu > 1:
-            raise InputError(
-                f"n_gpu: torch.nn.DataParallel over {args.n_gpu} devices is not supported; launch one process per "
-                "device (torchrun)"
-            )
+        """Refuse what the loss does not fit."""
+        super().on_init_end(args, state, control, **kwargs)
         config = getattr(kwargs.get("model"), "config", None)
         if getattr(config, "is_encoder_decoder", False) and self.per_sample is None:
             raise InputError(
                 "per_sample: the labels of an encoder-decoder are not shifted; give "
                 "lambda outputs, labels: per_sequence_loss(outputs.logits, labels, shift=False)"
             )
-        self._args = args
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to read the ids off what the model is given."""
-        self._total_steps = state.max_steps
+        super().on_train_begin(args, state, control, **kwargs)
         if self.id_column is not None and self._hook is None:
             self._hook = kwargs["model"].register_forward_pre_hook(self._take_ids, with_kwargs=True)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take note of the step and of its number of micro-batches: the last one of an epoch may have fewer."""
-        self._step, self._accumulated = state.global_step, args.gradient_accumulation_steps
-        try:
-            batches = len(kwargs["train_dataloader"])
-        except TypeError:  # a stream does not say when it ends
-            return
-        done = round((state.epoch or 0) % 1 * batches) % batches
-        self._accumulated = min(self._accumulated, batches - done)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hook off the model."""
