@@ -53,17 +53,18 @@ def reproduce(run: Run) -> Outcome:
     model, accuracy = train(run, images, "bias loss, local", epochs)
     with training_mode(model, False), torch.no_grad(), capture(model, "body") as at:
         logits = model(images.x)
-        variance = feature_variance(at["body"])
-    order = torch.from_numpy(run.rng("control").permutation(len(variance)))
+        variance, weights = feature_variance(at["body"]), weights_of(at["body"], logits, images.y)
+        pixels = weights_of(images.x, logits, images.y)
+    order = torch.from_numpy(run.rng("control").permutation(len(weights)))
     sure = torch.softmax(logits, 1).gather(1, images.y[:, None])[:, 0]
     figures = {
-        **judged_weights(variance, images.faded),
+        **judged_weights(weights, images.faded),
         **identities(run),
         **network_sizes(),
         "accuracy of SkipblockNet on digits": skipblock_accuracy(run, clean, 1 if run.smoke else 8),
         "mean variance of faded samples": float(variance[images.faded].mean()),
         "mean variance of intact samples": float(variance[~images.faded].mean()),
-        "AUC of the variance of pixels": judged_weights(feature_variance(images.x), images.faded)[AUC],
+        "AUC of weights by the variance of pixels": judged_weights(pixels, images.faded)[AUC],
     }  # fmt: skip
 
     # Accuracies by loss, without a bar.
@@ -89,13 +90,13 @@ def reproduce(run: Run) -> Outcome:
             Bar("accuracy of SkipblockNet on digits", at_least=0.5),
         ],
         controls=[
-            Control("variances of other samples", "random", judged_weights(variance[order], images.faded)),
-            Control("cross-entropy: all alike", "fake", judged_weights(torch.ones(len(variance)), images.faded)),
+            Control("weights of other samples", "random", judged_weights(weights[order], images.faded)),
+            Control("cross-entropy: all alike", "fake", judged_weights(torch.ones(len(weights)), images.faded)),
             Control("focal loss: hard samples count more", "fake", judged_weights((1 - sure) ** 2, images.faded)),
             Control("gradients through the weights", "fake",
                     {"largest gradient through the weights": gradient_through_weights(run, detached=False)}),
         ],
-        pictures={"Weights in the trained network": _picture(weights_of(variance), images.faded)},
+        pictures={"Weights in the trained network": _picture(weights, images.faded)},
         notes=[
             "Faded digits have a low variance already as pixels; the bar asks that features keep it, not that they "
             "are needed for it. The AUC of pixels is told.",
@@ -104,22 +105,20 @@ def reproduce(run: Run) -> Outcome:
     )  # fmt: skip
 
 
-GAP, AUC = "mean weight of intact minus that of faded samples", "AUC of variance, intact against faded"
+GAP, AUC = "mean weight of intact minus that of faded samples", "AUC of the weights, intact against faded"
 
 
-def weights_of(variance: Tensor) -> Tensor:
-    """Weights with minimum and maximum over the whole training set."""
-    span = variance.max() - variance.min()
-    scaled = (variance - variance.min()) / span if span > 0 else torch.zeros_like(variance)
-    return (ALPHA * scaled).exp() - BETA
+def weights_of(features: Tensor, logits: Tensor, y: Tensor) -> Tensor:
+    """Weights that bias loss gives the samples, all of them taken as one batch."""
+    loss = BiasLoss(ALPHA, BETA, reduction="none")
+    return loss(features, logits.double(), y) / cross_entropy(logits.double(), y, reduction="none")
 
 
-def judged_weights(variance: Tensor, faded: Tensor) -> dict[str, float]:
-    """How well a number in the place of the variance tells faded samples, and the weights that come of it."""
-    weights = weights_of(variance)
+def judged_weights(weights: Tensor, faded: Tensor) -> dict[str, float]:
+    """How well weights, of which larger ones should mean intact, tell faded samples."""
     return {
         GAP: float(weights[~faded].mean() - weights[faded].mean()),
-        AUC: auroc(variance[~faded].numpy(), variance[faded].numpy()),
+        AUC: auroc(weights[~faded].numpy(), weights[faded].numpy()),
     }
 
 
