@@ -45,7 +45,7 @@ class Images(NamedTuple):
 
 def reproduce(run: Run) -> Outcome:
     """Train a small network on digits of which some are faded; look at variances, weights, identities and sizes."""
-    epochs = 1 if run.smoke else 12
+    epochs = 1 if run.smoke else 20
     images, clean = faded_digits(run, FADED), faded_digits(run, 0.0)
 
     # Weights in a trained network.
