@@ -111,7 +111,8 @@ GAP, AUC = "mean weight of intact minus that of faded samples", "AUC of the vari
 
 def weights_of(features: Tensor) -> Tensor:
     """Weights that bias loss gives the samples in batches of the size that it was trained with."""
-    loss, found = BiasLoss(ALPHA, BETA), []
+    loss = BiasLoss(ALPHA, BETA)
+    found: list[Tensor | None] = []
     for part in features.split(BATCH):
         loss(part, torch.zeros(len(part), 2), torch.zeros(len(part), dtype=torch.int64))
         found.append(loss.last_weights)

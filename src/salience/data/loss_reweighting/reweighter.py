@@ -204,7 +204,8 @@ class LossReweighter(nn.Module):
             found = [_pair(per_sample(batch)) for batch in micro_batches]
         if not found:
             raise InputError("micro_batches: there are none")
-        tokens = None if found[0][1] is None else torch.cat([part for _, part in found])
+        counts = [part for _, part in found if part is not None]
+        tokens = torch.cat(counts) if counts else None
         coefficients = self.coefficients(
             torch.cat([losses for losses, _ in found]), tokens, step=step, total_steps=total_steps
         )
@@ -270,4 +271,7 @@ def _weighted_sum(coefficients: Tensor, losses: Tensor) -> Tensor:
 
 
 def _pair(result: Any) -> tuple[Tensor, Tensor | None]:
-    return (result, None) if isinstance(result, Tensor) else tuple(result)
+    if isinstance(result, Tensor):
+        return result, None
+    losses, tokens = result
+    return losses, tokens
