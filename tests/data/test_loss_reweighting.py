@@ -350,7 +350,11 @@ def two(tmp_path_factory) -> tuple[list[dict], list[dict]]:
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=300)[0] for process in started]
+    try:
+        told = [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(told)
     return (
         [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)],
