@@ -97,6 +97,10 @@ def layers_at_start(model: nn.Module) -> dict[str, Any]:
 
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
+    "salience.data:diversity_report": Example(
+        lambda model: {"inputs": images(), "targets": torch.arange(8) % 3, "layer": "relu2"}
+    ),
+    "salience.data:diversity_scores": Example(lambda model: {"inputs": images(), "layer": "relu2"}),
     "salience.features:pgd_attack": Example(attacked),
     "salience.features:adversarial_fit": Example(
         adversarial_lesson, frozenset({"values"}), lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))

@@ -6,6 +6,11 @@ from salience._lazy import exports
 
 if TYPE_CHECKING:
     from salience.data.baselines import HeuristicClassifier, lexical_overlap, mean_log_count
+    from salience.data.bias_loss.diversity import Diversity, diversity_report, diversity_scores
+    from salience.data.bias_loss.skipblock import SkipBlock, SkipblockNet
+    from salience.data.bias_loss.trainer import TrainerBiasLoss
+    from salience.data.bias_loss.variance import feature_variance
+    from salience.data.bias_loss.weighted import BiasLoss
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
@@ -15,6 +20,10 @@ if TYPE_CHECKING:
     from salience.data.lasso_task_selection.relevance import TaskRelevance, task_relevance
     from salience.data.lasso_task_selection.selection import TaskSelection, select_tasks
     from salience.data.lasso_task_selection.trunk import SharedTrunk, TrunkMTRL
+    from salience.data.loss_reweighting.reweighter import LossReweighter
+    from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
+    from salience.data.loss_reweighting.trainer import TrainerReweighting
+    from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
     from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
@@ -28,28 +37,51 @@ _WHERE: dict[str, str] = {
     "active_mtrl": "lasso_task_selection.active", "ActiveRun": "lasso_task_selection.active",
     "SharedTrunk": "lasso_task_selection.trunk", "TrunkMTRL": "lasso_task_selection.trunk",
     "select_tasks": "lasso_task_selection.selection", "TaskSelection": "lasso_task_selection.selection",
+    "BiasLoss": "bias_loss.weighted", "Diversity": "bias_loss.diversity", "SkipBlock": "bias_loss.skipblock",
+    "SkipblockNet": "bias_loss.skipblock", "TrainerBiasLoss": "bias_loss.trainer",
+    "diversity_report": "bias_loss.diversity", "diversity_scores": "bias_loss.diversity",
+    "feature_variance": "bias_loss.variance",
+    "LossReweighter": "loss_reweighting.reweighter", "SequenceLosses": "loss_reweighting.sequences",
+    "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
+    "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
+    "weight_diagnostics": "loss_reweighting.weighting",
 }  # fmt: skip
 __all__ = [
     "DSIR",
     "ActiveRun",
     "AlreadyDone",
+    "BiasLoss",
+    "Diversity",
     "HashedNgrams",
     "HeuristicClassifier",
     "LinearMTRL",
+    "LossReweighter",
+    "SequenceLosses",
     "SharedTrunk",
+    "SkipBlock",
+    "SkipblockNet",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
+    "TrainerBiasLoss",
+    "TrainerReweighting",
     "TrunkMTRL",
+    "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "diversity_report",
+    "diversity_scores",
+    "feature_variance",
     "gumbel_topk",
     "kl_reduction",
     "lexical_overlap",
+    "loss_weights",
     "mean_log_count",
+    "per_sequence_loss",
     "score_text",
     "select_tasks",
     "select_text",
     "task_relevance",
+    "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
