@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from salience.weights.ifm.complexity import Complexity, feature_complexity
     from salience.weights.ifm.equivalence import Equivalence, LayerEquivalence, equivalence_report
     from salience.weights.ifm.merging import IFMResult, channel_distance, iterative_feature_merging
+    from salience.weights.rsq.directories import QuantizedDirectory, quantize_directory
+    from salience.weights.rsq.grids import Grid, Scales, round_to_nearest
+    from salience.weights.rsq.importance import TokenImportance
+    from salience.weights.rsq.packing import load_packed, save_packed
+    from salience.weights.rsq.quantizer import QuantResult, RSQQuantizer
+    from salience.weights.rsq.rotating import rotate_model
+    from salience.weights.rsq.solving import Solution, gptq_solve, reconstruction_error, weighted_hessian
     from salience.weights.sparseland.accounting import SparsityReport, measure_latency, sparsity_report, taxonomy
     from salience.weights.sparseland.callback import SparsityCallback
     from salience.weights.sparseland.densities import allocate, prunable
@@ -80,17 +87,24 @@ _WHERE: dict[str, str] = {
     "Equivalence": "ifm.equivalence",
     "Evaluation": "evaluation",
     "GammaReport": "bn_only.gammas",
+    "Grid": "rsq.grids",
     "IFMResult": "ifm.merging",
     "LayerEquivalence": "ifm.equivalence",
     "Matching": "weight_matching.matching",
     "ParamSelection": "bn_only.select",
     "PermutationSpec": "weight_matching.spec",
     "PrunedChannels": "sparseland.structured",
+    "QuantResult": "rsq.quantizer",
+    "QuantizedDirectory": "rsq.directories",
+    "RSQQuantizer": "rsq.quantizer",
     "SRSTE": "sparseland.masking",
+    "Scales": "rsq.grids",
+    "Solution": "rsq.solving",
     "SparseTrainer": "sparseland.training",
     "SparsityCallback": "sparseland.callback",
     "SparsityReport": "sparseland.accounting",
     "Ticket": "sparseland.tickets",
+    "TokenImportance": "rsq.importance",
     "add_delta": "darex.delta_file",
     "allocate": "sparseland.densities",
     "analytic_q": "darex.rescaling",
@@ -110,6 +124,7 @@ _WHERE: dict[str, str] = {
     "feature_complexity": "ifm.complexity",
     "finalize": "sparseland.masking",
     "gamma_report": "bn_only.gammas",
+    "gptq_solve": "rsq.solving",
     "hold_frozen": "bn_only.select",
     "importance_delta": "darex.deltas",
     "infer_spec": "weight_matching.spec",
@@ -117,6 +132,7 @@ _WHERE: dict[str, str] = {
     "interpolate": "weight_matching.merging",
     "iterative_feature_merging": "ifm.merging",
     "load_delta": "darex.delta_file",
+    "load_packed": "rsq.packing",
     "lora_deltas": "darex.deltas",
     "lottery_ticket": "sparseland.tickets",
     "mask_from_scores": "sparseland.masking",
@@ -130,10 +146,15 @@ _WHERE: dict[str, str] = {
     "prunable": "sparseland.densities",
     "prune_channels": "sparseland.structured",
     "prune_directory": "darex.directories",
+    "quantize_directory": "rsq.directories",
     "random_masks": "sparseland.masking",
     "recalibrate_norms": "weight_matching.merging",
     "recommend": "darex.diagnosis",
+    "reconstruction_error": "rsq.solving",
+    "rotate_model": "rsq.rotating",
+    "round_to_nearest": "rsq.grids",
     "save_delta": "darex.delta_file",
+    "save_packed": "rsq.packing",
     "score_grasp": "sparseland.scoring",
     "score_magnitude": "sparseland.scoring",
     "score_random": "sparseland.scoring",
@@ -148,6 +169,7 @@ _WHERE: dict[str, str] = {
     "taxonomy": "sparseland.accounting",
     "taylor_barrier": "weight_matching.alignment",
     "train_subset": "bn_only.select",
+    "weighted_hessian": "rsq.solving",
     "zero_small_gammas": "bn_only.gammas",
 }
 __all__ = [
@@ -163,16 +185,23 @@ __all__ = [
     "Equivalence",
     "Evaluation",
     "GammaReport",
+    "Grid",
     "IFMResult",
     "LayerEquivalence",
     "Matching",
     "ParamSelection",
     "PermutationSpec",
     "PrunedChannels",
+    "QuantResult",
+    "QuantizedDirectory",
+    "RSQQuantizer",
+    "Scales",
+    "Solution",
     "SparseTrainer",
     "SparsityCallback",
     "SparsityReport",
     "Ticket",
+    "TokenImportance",
     "add_delta",
     "allocate",
     "analytic_q",
@@ -192,6 +221,7 @@ __all__ = [
     "feature_complexity",
     "finalize",
     "gamma_report",
+    "gptq_solve",
     "hold_frozen",
     "importance_delta",
     "infer_spec",
@@ -199,6 +229,7 @@ __all__ = [
     "interpolate",
     "iterative_feature_merging",
     "load_delta",
+    "load_packed",
     "lora_deltas",
     "lottery_ticket",
     "mask_from_scores",
@@ -212,10 +243,15 @@ __all__ = [
     "prunable",
     "prune_channels",
     "prune_directory",
+    "quantize_directory",
     "random_masks",
     "recalibrate_norms",
     "recommend",
+    "reconstruction_error",
+    "rotate_model",
+    "round_to_nearest",
     "save_delta",
+    "save_packed",
     "score_grasp",
     "score_magnitude",
     "score_random",
@@ -230,6 +266,7 @@ __all__ = [
     "taxonomy",
     "taylor_barrier",
     "train_subset",
+    "weighted_hessian",
     "zero_small_gammas",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -99,6 +99,7 @@ def calibration_from_texts(
     sequences: int,
     generator: torch.Generator,
     weights: Scores | None = None,
+    numbers: Sequence[int] | None = None,
     skip_special: bool = False,
 ) -> Calibration:
     """Documents one after the other, cut into sequences of equal length, of which a random sample is taken.
@@ -114,8 +115,10 @@ def calibration_from_texts(
     generator : torch.Generator
         Of the sample.
     weights : Scores, optional
-        Importance of each token, of unit "token", with ids ``document:position``, both from 0: documents in the order of
-        `texts`, positions in what the tokenizer makes of each.
+        Importance of each token, of unit "token", with ids ``document:position``, both from 0: positions in what the
+        tokenizer makes of each document.
+    numbers : sequence of int, optional
+        The number of each document in the ids; by default the order of `texts`.
     skip_special : bool
         Leave special tokens, as of a chat template, out of the weights.
 
@@ -134,7 +137,8 @@ def calibration_from_texts(
     if weights is not None:
         if weights.unit != "token":
             raise InputError(f"token weights: got scores of {weights.unit}s; scores of tokens are wanted")
-        names = [f"{document}:{place}" for document, row in enumerate(rows) for place in range(len(row))]
+        numbers = range(len(rows)) if numbers is None else numbers
+        names = [f"{number}:{place}" for number, row in zip(numbers, rows, strict=True) for place in range(len(row))]
         given = torch.from_numpy(weights.aligned(names)).float()
     mask = torch.ones(len(ids), dtype=torch.bool)
     if skip_special:

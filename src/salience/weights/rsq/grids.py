@@ -114,7 +114,8 @@ class Grid:
         least = torch.full_like(low, torch.inf)
         for shrink in _SHRINKS:
             now = self._scales(shrink * low, shrink * high)
-            error = self.decode(self.encode(W, *now), *now).sub_(W).abs_().pow_(_POWER).sum(1, keepdim=True)
+            apart = self.decode(self.encode(W, *now), *now).sub_(W).abs_()
+            error = apart.log2_().mul_(_POWER).exp2_().sum(1, keepdim=True)  # a third of the time of a power
             better = error < least
             least = torch.where(better, error, least)
             best = Scales(torch.where(better, now.scale, best.scale), torch.where(better, now.zero, best.zero))

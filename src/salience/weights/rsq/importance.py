@@ -58,7 +58,9 @@ class TokenImportance:
         if not 0 <= r_min < r_max < float("inf"):
             raise InputError(f"r_min, r_max: got {r_min} and {r_max}; 0 <= r_min < r_max is wanted")
         self.name, self.r_min, self.r_max = name, r_min, r_max
-        self.chunks = [int(part) for part in _CHUNKS.get(name, name).split("_")] if name[0].isdigit() or name in _CHUNKS else []
+        self.chunks = (
+            [int(part) for part in _CHUNKS.get(name, name).split("_")] if name[0].isdigit() or name in _CHUNKS else []
+        )
         if self.chunks and max(self.chunks[:-1]) >= self.chunks[-1]:
             raise InputError(f"importance: chunk {max(self.chunks[:-1])} of {self.chunks[-1]} in {name!r} is not there")
 

@@ -104,7 +104,9 @@ class Stream:
         rows, tokens = calibration.ids.shape
         shape = (rows, tokens, config.hidden_size)
         with tempfile.NamedTemporaryFile(dir=folder) as file:  # mapped memory stays after the name is gone
-            self.hidden = torch.from_file(file.name, shared=True, size=rows * tokens * shape[2], dtype=dtype).view(shape)
+            self.hidden = torch.from_file(file.name, shared=True, size=rows * tokens * shape[2], dtype=dtype).view(
+                shape
+            )
         places = torch.arange(tokens, device=self.device)[None]
         example = torch.empty(1, dtype=dtype, device=self.device)
         self.position_ids, self.position_embeddings = places, rotary(example, places)
@@ -217,7 +219,7 @@ def quantize_layer(
         wanted = [part for part in group if not rounding.excludes(f"{name}.{part}")]
         if not wanted:
             continue
-        H = _hessian(layer, modules[group[0]], number, stream, r)
+        H = input_hessian(layer, modules[group[0]], number, stream, r)
         for part in wanted:
             weight: Any = modules[part].weight
             solution = gptq_solve(
@@ -251,7 +253,7 @@ def nearest_layer(layer: Any, name: str, rounding: Rounding) -> dict[str, Quanti
     return found
 
 
-def _hessian(layer: Any, linear: nn.Module, number: int, stream: Stream, r: Tensor) -> Tensor:
+def input_hessian(layer: Any, linear: nn.Module, number: int, stream: Stream, r: Tensor) -> Tensor:
     """The weighted Hessian of the inputs of a linear layer, over all sequences: 2 / T sum_j r_j x_j x_j^T."""
     total: Tensor | None = None
     for rows in stream.batches():
