@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from salience.reproductions.worlds import text
 
 LENGTH = 128  # bytes of a sequence
 HELD_OUT = 0.1  # the last tenth of the source
-BATCH, STEPS, SMOKE_STEPS, WARM_UP, RATE = 12, 500, 20, 50, 2e-3
+BATCH, STEPS, WARM_UP, RATE = 12, 500, 50, 2e-3
+SMOKE_STEPS, SMOKE_PART = 20, "asyncio"
 
 
 def build(seed: int) -> nn.Module:
@@ -28,9 +31,27 @@ def build(seed: int) -> nn.Module:
     return transformers.LlamaForCausalLM(config)
 
 
-def sequences() -> tuple[Tensor, Tensor]:
-    """Training and held-out sequences of bytes, (n, 128) each; what is not ASCII is a question mark."""
-    source = "\n".join(document.text for document in text.source_passages())
+def build_tiny(seed: int) -> nn.Module:
+    """One layer of 64 units: for the plumbing."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+def sequences(part: str = "") -> tuple[Tensor, Tensor]:
+    """Training and held-out sequences of bytes, (n, 128) each; what is not ASCII is a question mark.
+
+    Parameters
+    ----------
+    part : str
+        A package of the standard library; all of it by default.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) / part
+    source = "\n".join(document.text for document in text.source_passages(root))
     ids = torch.frombuffer(bytearray(source.encode("ascii", "replace")), dtype=torch.uint8).long()
     rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     cut = int(len(rows) * (1 - HELD_OUT))
@@ -39,18 +60,18 @@ def sequences() -> tuple[Tensor, Tensor]:
 
 def pretrain(model: nn.Module, seed: int) -> None:
     """500 steps of 12 sequences."""
-    _train(model, seed, STEPS)
+    _train(model, seed, STEPS, "")
 
 
 def pretrain_shortly(model: nn.Module, seed: int) -> None:
     """20 steps: for the plumbing."""
-    _train(model, seed, SMOKE_STEPS)
+    _train(model, seed, SMOKE_STEPS, SMOKE_PART)
 
 
-def _train(model: nn.Module, seed: int, steps: int) -> None:
+def _train(model: nn.Module, seed: int, steps: int, part: str) -> None:
     """AdamW with a warm-up, then half a cosine."""
     generator = torch.Generator().manual_seed(seed)
-    rows = sequences()[0]
+    rows = sequences(part)[0]
     rows = rows[torch.randperm(len(rows), generator=generator)[: BATCH * steps]]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE / WARM_UP)
 
