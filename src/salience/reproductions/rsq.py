@@ -137,8 +137,8 @@ def reproduce(run: Run) -> Outcome:
         ],
         pictures={"What each way costs, and how errors move": picture(found, ratios[2])},
         notes=[
-            f"Perplexities are means over {len(world.draws)} draws of calibration text; the paper's lower perplexity than "
-            "QuaRot's is reported and not judged.",
+            f"Perplexities are means over {len(world.draws)} draws of calibration text; the paper's lower perplexity "
+            "than QuaRot's is reported and not judged.",
             "The weights that enter the Hessian squared give, at 2 bits, "
             f"{ratios[2]['squared importance'][0]:.3f} of GPTQ's weighted error and "
             f"{ratios[2]['squared importance'][1]:.3f} of its uniform one.",

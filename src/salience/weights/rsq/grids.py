@@ -36,9 +36,9 @@ class Grid:
 
         w_q = s (c - z),    c = clamp(round(w / s) + z, 0, 2^b - 1)
 
-    Symmetric: :math:`z = 2^{b-1}` and :math:`s = \max |w| / (2^{b-1} - 1)`. Asymmetric: s and z span the smallest to the
-    largest weight. With `clip`, s is shrunk by whichever of 1, .99, …, .21 makes the sum of :math:`|w_q - w|^{2.4}`
-    least.
+    Symmetric: :math:`z = 2^{b-1}` and :math:`s = \max |w| / (2^{b-1} - 1)`. Asymmetric: s and z span the smallest to
+    the largest weight. With `clip`, s is shrunk by whichever of 1, .99, …, .21 makes the sum of
+    :math:`|w_q - w|^{2.4}` least.
 
     Parameters
     ----------

@@ -37,8 +37,8 @@ class TokenImportance:
     uniform         1: plain GPTQ
     ==============  =========================================================================
 
-    Within a sequence all but the last three rows are scaled to ``r_min`` … ``r_max``; where all tokens are alike, all get
-    ``r_max``. Padding gets 0.
+    Within a sequence all but the last three rows are scaled to ``r_min`` … ``r_max``; where all tokens are alike, all
+    get ``r_max``. Padding gets 0.
 
     Parameters
     ----------

@@ -1,12 +1,13 @@
 """Codes in a file: so many bits for each weight and no more, with the scales that give the weights back exactly.
 
-``codes.safetensors`` holds for each matrix ``NAME.codes`` (out, bytes), ``NAME.scale`` and, of an asymmetric grid,
-``NAME.zero`` (out, groups); its metadata say how to read them. Code k of a row stands in the bits ``k * bits`` to ``(k +
-1) * bits - 1`` of the row's bytes, lowest first.
+``codes.safetensors`` holds for each matrix ``NAME.codes`` (out, bytes), ``NAME.scale`` and, of an asymmetric grid, also
+``NAME.zero`` (out, groups); its metadata say how to read them. Code k of a row stands in the bits from ``k * bits`` on
+of the row's bytes, lowest first.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -132,7 +133,9 @@ def save_packed(result: QuantResult, path: str | os.PathLike, *, source: str | o
     if source is not None:
         copy_rest(check_directory(source), out)
     model: Any = result.model
-    model.config.save_pretrained(out)
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.lm_head.weight.dtype
+    config.save_pretrained(out)
     write_codes(out / CODES, result.matrices, result.grid, result.group_size, result.online)
     packed = {f"{name}.weight" for name in result.matrices}
     rest = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name not in packed}

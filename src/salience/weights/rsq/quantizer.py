@@ -54,9 +54,9 @@ class RSQQuantizer:
 
         min_{W_q} \| (W_q - W) X R \|_F^2,    R = diag(\sqrt{r_j / mean(r)}),
 
-    where r_j is the importance of token j (`TokenImportance`), by GPTQ (`gptq_solve`), in a model that was rotated before
-    (`rotate_model`). Layers are quantised in order, and each part of a layer sees its inputs as the quantised parts
-    before it give them. Embedding and output matrix stay as they are.
+    where r_j is the importance of token j (`TokenImportance`), by GPTQ (`gptq_solve`), in a model that was rotated
+    before (`rotate_model`). Layers are quantised in order, and each part of a layer sees its inputs as the quantised
+    parts before it give them. Embedding and output matrix stay as they are.
 
     Parameters
     ----------
@@ -90,12 +90,12 @@ class RSQQuantizer:
     Raises
     ------
     InputError
-        When quantising: parameters out of range, another family, a model that is quantised already, or sequences longer
-        than the model's positions.
+        When quantising: parameters out of range, another family, a model that is quantised already, or sequences
+        longer than the model's positions.
 
     References
     ----------
-    arXiv 2503.01820, section 3; the authors' code where the two differ: importance enters the Hessian once, not squared.
+    arXiv 2503.01820, section 3; the authors' code where the two differ: importance enters the Hessian once.
 
     Examples
     --------

@@ -46,8 +46,8 @@ def check_supported(model: Any) -> None:
 def hadamard_factors(size: int) -> tuple[Tensor, Tensor] | None:
     """Two matrices whose Kronecker product is a Hadamard matrix of an order; None where none is built here.
 
-    A power of two times 1 or one of Paley's orders: ``q + 1`` for primes ``q = 3 mod 4``, ``2 (q + 1)`` for primes ``q =
-    1 mod 4``. Of all such products the one with the largest power of two is taken.
+    A power of two times 1 or one of Paley's orders: ``q + 1`` for primes ``q = 3 mod 4``, ``2 (q + 1)`` for primes
+    ``q = 1 mod 4``. Of all such products the one with the largest power of two is taken.
     """
     power = size & -size
     while power >= 1:

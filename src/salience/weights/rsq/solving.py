@@ -252,11 +252,10 @@ def _factor(H: Tensor, percdamp: float, name: str) -> tuple[Tensor, int]:
         damped.diagonal().add_(damp)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            break
-    else:
-        raise DataError(f"{name}: its Hessian could not be factorised after {_TRIES} dampings; raise percdamp")
-    R = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True), count
+            R = lower.flip(0, 1)
+            eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+            return torch.linalg.solve_triangular(R, eye, upper=True), count
+    raise DataError(f"{name}: its Hessian could not be factorised after {_TRIES} dampings; raise percdamp")
 
 
 def _damped(H: Tensor, percdamp: float, dampings: int) -> Tensor:
