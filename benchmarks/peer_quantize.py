@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ for one matrix, in an environment of its own: reads W, H and scales, writes weights and seconds.
+"""llm-compressor's GPTQ for one matrix, in an environment of its own: reads W, H, scales; writes weights and seconds.
 
 Usage: python peer_quantize.py PROBLEM.safetensors RESULT.safetensors BITS
 """

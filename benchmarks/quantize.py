@@ -1,11 +1,11 @@
 """GPTQ and RSQ against matrix products of the same size, plain GPTQ, and llm-compressor, in one run on one core.
 
-1. Solve: one square matrix of 2,048 takes at most 10 float32 products of that size. The search for the clip, which is no
-   part of the solve, and a Hessian of 4 n tokens are told beside it.
+1. Solve: one square matrix of 2,048 takes at most 10 float32 products of that size. The search for the clip, which is
+   no part of the solve, and a Hessian of 4 n tokens are told beside it.
 2. RSQ: importance by attention received and all costs at most 1.5 times plain GPTQ, both rotated, on a model of three
    layers of 256 units and sequences of 512 tokens.
-3. Peer, with ``--peer PYTHON`` of an environment from ``quantize.txt``: at uniform importance, without rotation, with the
-   same W, H and scales fewer than 0.1 % of the codes differ, and time is at most 1.0 of it.
+3. Peer, with ``--peer PYTHON`` of an environment from ``quantize.txt``: at uniform importance, without rotation, with
+   the same W, H and scales fewer than 0.1 % of the codes differ, and time is at most 1.0 of it.
 4. Memory: the peak of `quantize_directory` grows by at most 10 % from 4 to 16 layers, each in a process of its own.
 
 Rounds alternate, and figures are ratios of one round: machines are noisy.

@@ -18,7 +18,12 @@ from salience.weights import load_packed
 from tiny import directory_hash
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
-LINES = ["the cat sat on the mat and saw a dog", "a dog ran to the cat", "birds sing in the old tree", "we read and write"]
+LINES = [
+    "the cat sat on the mat and saw a dog",
+    "a dog ran to the cat",
+    "birds sing in the old tree",
+    "we read and write",
+]
 
 
 def run(*arguments):

@@ -160,7 +160,9 @@ def _texts(path: Path, column: str, hold_out: bool) -> Texts:
         raise NothingToDo(f"--calibration: {path} holds no text")
     held = [text for _, text in numbered[_HELD_OUT - 1 :: _HELD_OUT]] if hold_out else []
     if hold_out and not held:
-        raise NothingToDo(f"--calibration: {path} has fewer than {_HELD_OUT} documents to hold one out; give --evaluate")
+        raise NothingToDo(
+            f"--calibration: {path} has fewer than {_HELD_OUT} documents to hold one out; give --evaluate"
+        )
     kept = [pair for place, pair in enumerate(numbered) if not hold_out or place % _HELD_OUT != _HELD_OUT - 1]
     return Texts([text for _, text in kept], [number for number, _ in kept], held)
 
