@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,8 @@ from salience.weights.rsq.packing import pack_bits, unpack_bits
 from salience.weights.rsq.rotating import Turn, hadamard
 from tiny import VOCABULARY, build, directory_hash, state_hash
 
+# Codes of llm-compressor 0.14.0.1 for two small problems; benchmarks/quantize.py compares a large one.
+OFFICIAL = Path(__file__).with_name("gptq_official.json")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -108,6 +111,20 @@ def test_the_solve_is_the_column_by_column_algorithm(grid, block) -> None:
     assert torch.equal(solution.codes, codes.to(torch.uint8))
     torch.testing.assert_close(solution.weight, Q)
     assert solution.error < solution.rtn_error and solution.dampings == 1
+
+
+@pytest.mark.parametrize(
+    "known", json.loads(OFFICIAL.read_text())["problems"], ids=lambda known: f"{known['bits']} bits"
+)
+def test_codes_are_those_of_llm_compressor(known) -> None:
+    draw = torch.Generator().manual_seed(known["seed"])
+    inputs, bits = known["inputs"], known["bits"]
+    W = torch.randn(known["rows"], inputs, generator=draw)
+    X = torch.randn(4 * inputs, inputs, generator=draw)
+    X = X @ (torch.eye(inputs) + torch.randn(inputs, inputs, generator=draw) / inputs**0.5)
+    codes = torch.tensor([[int(code, 16) for code in row] for row in known["codes"]])
+    found = gptq_solve(W, weighted_hessian(X), Grid(bits, clip=False)).codes
+    assert (found != codes).double().mean() < 1e-3
 
 
 @pytest.mark.parametrize("group", [16, 32, 24])

@@ -113,7 +113,8 @@ def quantize(
 
     quantizer = RSQQuantizer(
         bits=bits, group_size=group_size, sym=sym, clip=clip, grid=grid.value, importance=importance, r_min=r_min,
-        rotate=None if rotate is Rotate.none else rotate.value, online=online, expand=expand, percdamp=percdamp,
+        rotate=None if rotate is Rotate.none else rotate.value,  # type: ignore[arg-type]
+        online=online, expand=expand, percdamp=percdamp,
         act_order=act_order, exclude=tuple(exclude or ()), random_state=seed,
     )  # fmt: skip
     quantizer.check()

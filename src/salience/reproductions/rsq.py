@@ -228,7 +228,7 @@ def objective(run: Run, world: World, bits: int) -> dict[str, tuple[float, float
 
     All ways see the same weights, those of the rotated model, and the same inputs, those in full precision.
     """
-    model = rotate_model(world.model)
+    model: Any = rotate_model(world.model)
     calibration, held = (stream_of(model, rows, run.scratch) for rows in (world.draws[0], world.held[:SEQUENCES]))
     generator = run.generator("random importance")
     sums: dict[str, list[tuple[float, float]]] = {}
@@ -257,7 +257,10 @@ def objective(run: Run, world: World, bits: int) -> dict[str, tuple[float, float
             for rows in stream.batches():
                 with torch.no_grad():
                     stream.hidden[rows] = stream.call(layer, rows, number)
-    return {name: tuple(sum(column) / len(pairs) for column in zip(*pairs)) for name, pairs in sums.items()}  # type: ignore[misc]
+    return {
+        name: (sum(one for one, _ in pairs) / len(pairs), sum(two for _, two in pairs) / len(pairs))
+        for name, pairs in sums.items()
+    }
 
 
 def stream_of(model: Any, rows: Tensor, folder: Path) -> Stream:

@@ -152,9 +152,9 @@ def calibration_from_texts(
     def cut(part: Tensor) -> Tensor:
         return part[: count * length].view(count, length)[chosen]
 
-    calibration = Calibration(cut(ids), cut(mask), None if given is None else cut(given))
-    some = calibration.mask.any(1)
-    return Calibration(*(None if part is None else part[some] for part in calibration))
+    real = cut(mask)
+    some = real.any(1)
+    return Calibration(cut(ids)[some], real[some], None if given is None else cut(given)[some])
 
 
 def check_length(calibration: Calibration, config: Any) -> None:

@@ -111,7 +111,10 @@ class Rotation:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.Q = orthogonal(config.hidden_size, mode, generator)
         self.head = Turn(head_dim, "the size of a head")
-        self.across, self.inner = online_turns(config) if online else (None, None)
+        self.across: Turn | None = None
+        self.inner: Turn | None = None
+        if online:
+            self.across, self.inner = online_turns(config)
 
     @torch.no_grad()
     def layer(self, layer: Any) -> None:
