@@ -59,7 +59,7 @@ def description(grid: Grid, group_size: int, online: bool) -> dict[str, str]:
         "format": _FORMAT, "bits": grid.bits, "sym": grid.sym, "grid": grid.kind, "group_size": group_size,
         "online": online,
     }  # fmt: skip
-    return {"format": "pt", "salience": json.dumps(kept)}
+    return {"salience": json.dumps(kept)}  # one key: of several the order in the file is left to chance
 
 
 def write_codes(
