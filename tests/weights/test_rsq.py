@@ -37,7 +37,7 @@ from salience.weights.rsq.packing import pack_bits, unpack_bits
 from salience.weights.rsq.rotating import Turn, hadamard
 from tiny import VOCABULARY, build, directory_hash, state_hash
 
-# Codes of llm-compressor 0.14.0.1 for two small problems; benchmarks/quantize.py compares a large one.
+# Codes of llm-compressor 0.14.0.1 for a small problem; benchmarks/quantize.py compares a large one.
 OFFICIAL = Path(__file__).with_name("gptq_official.json")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {
