@@ -13,6 +13,7 @@ from salience._lazy import missing_extra
 from salience.cli import (
     compress_channels,
     compress_delta,
+    compress_quantize,
     compress_sparsify,
     explain_saliency,
     explain_table,
@@ -43,6 +44,7 @@ app = typer.Typer(
 _COMMANDS = (
     compress_channels,
     compress_delta,
+    compress_quantize,
     compress_sparsify,
     explain_saliency,
     explain_table,

@@ -69,7 +69,7 @@ def load(
         raise InputError(f"arch: goes with a FILE.safetensors; {os.fspath(path)!r} is not such a file")
     root = check_directory(path)
     model = _load_directory(root, dtype).to(device or "cpu").eval()
-    return Loaded(model, _load_processor(root))
+    return Loaded(model, load_processor(root))
 
 
 def _load_file(file: Path, arch: str | None, dtype: torch.dtype | None) -> nn.Module:
@@ -221,9 +221,17 @@ def _load_directory(root: Path, dtype: torch.dtype | None) -> nn.Module:
     return model
 
 
-def _load_processor(root: Path) -> Any:
+def load_processor(path: str | os.PathLike) -> Any:
+    """The tokenizer or image processor of a model directory; None where there is none.
+
+    Raises
+    ------
+    InputError, DataError
+        As `load`.
+    """
     import transformers
 
+    root = check_directory(path)
     if not any((root / name).is_file() for name in _PROCESSOR_FILES):
         return None
     try:

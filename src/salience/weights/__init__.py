@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from salience.weights.peft_survey.selective import FreezeSelector, GradientMask
     from salience.weights.peft_survey.stored import load_adapter, merge_adapter, save_adapter
     from salience.weights.peft_survey.visual_prompt import VisualPrompt
+    from salience.weights.rsq.directories import QuantizedDirectory, quantize_directory
+    from salience.weights.rsq.grids import Grid, Scales, round_to_nearest
+    from salience.weights.rsq.importance import TokenImportance
+    from salience.weights.rsq.packing import load_packed, save_packed
+    from salience.weights.rsq.quantizer import QuantResult, RSQQuantizer
+    from salience.weights.rsq.rotating import rotate_model
+    from salience.weights.rsq.solving import Solution, gptq_solve, reconstruction_error, weighted_hessian
     from salience.weights.sparseland.accounting import SparsityReport, measure_latency, sparsity_report, taxonomy
     from salience.weights.sparseland.callback import SparsityCallback
     from salience.weights.sparseland.densities import allocate, prunable
@@ -96,6 +103,7 @@ _WHERE: dict[str, str] = {
     "FreezeSelector": "peft_survey.selective",
     "GammaReport": "bn_only.gammas",
     "GradientMask": "peft_survey.selective",
+    "Grid": "rsq.grids",
     "IFMResult": "ifm.merging",
     "ISTCallback": "ist.callback",
     "ImportanceSparseTuning": "ist.tuning",
@@ -107,7 +115,12 @@ _WHERE: dict[str, str] = {
     "PermutationSpec": "weight_matching.spec",
     "PrunedChannels": "sparseland.structured",
     "REGISTRY": "peft_survey.cards",
+    "QuantResult": "rsq.quantizer",
+    "QuantizedDirectory": "rsq.directories",
+    "RSQQuantizer": "rsq.quantizer",
     "SRSTE": "sparseland.masking",
+    "Scales": "rsq.grids",
+    "Solution": "rsq.solving",
     "SparseTrainer": "sparseland.training",
     "SparsityCallback": "sparseland.callback",
     "SparsityReport": "sparseland.accounting",
@@ -115,6 +128,7 @@ _WHERE: dict[str, str] = {
     "TunedModel": "peft_survey.attaching",
     "UniPELT": "peft_survey.hybrid",
     "VisualPrompt": "peft_survey.visual_prompt",
+    "TokenImportance": "rsq.importance",
     "add_delta": "darex.delta_file",
     "allocate": "sparseland.densities",
     "analytic_q": "darex.rescaling",
@@ -137,6 +151,7 @@ _WHERE: dict[str, str] = {
     "finalize": "sparseland.masking",
     "gamma_report": "bn_only.gammas",
     "gate_values": "peft_survey.hybrid",
+    "gptq_solve": "rsq.solving",
     "hold_frozen": "bn_only.select",
     "importance_delta": "darex.deltas",
     "infer_spec": "weight_matching.spec",
@@ -146,6 +161,7 @@ _WHERE: dict[str, str] = {
     "load_adapter": "peft_survey.stored",
     "layer_ablation": "ist.ablation",
     "load_delta": "darex.delta_file",
+    "load_packed": "rsq.packing",
     "lora_deltas": "darex.deltas",
     "lottery_ticket": "sparseland.tickets",
     "mask_from_scores": "sparseland.masking",
@@ -163,12 +179,17 @@ _WHERE: dict[str, str] = {
     "prunable": "sparseland.densities",
     "prune_channels": "sparseland.structured",
     "prune_directory": "darex.directories",
+    "quantize_directory": "rsq.directories",
     "random_masks": "sparseland.masking",
     "recalibrate_norms": "weight_matching.merging",
     "recommend": "darex.diagnosis",
     "recommend_peft": "peft_survey.bench",
     "save_adapter": "peft_survey.stored",
+    "reconstruction_error": "rsq.solving",
+    "rotate_model": "rsq.rotating",
+    "round_to_nearest": "rsq.grids",
     "save_delta": "darex.delta_file",
+    "save_packed": "rsq.packing",
     "score_grasp": "sparseland.scoring",
     "score_magnitude": "sparseland.scoring",
     "score_random": "sparseland.scoring",
@@ -183,6 +204,7 @@ _WHERE: dict[str, str] = {
     "taxonomy": "sparseland.accounting",
     "taylor_barrier": "weight_matching.alignment",
     "train_subset": "bn_only.select",
+    "weighted_hessian": "rsq.solving",
     "zero_small_gammas": "bn_only.gammas",
 }
 __all__ = [
@@ -204,6 +226,7 @@ __all__ = [
     "FreezeSelector",
     "GammaReport",
     "GradientMask",
+    "Grid",
     "IFMResult",
     "ISTCallback",
     "ImportanceSparseTuning",
@@ -214,10 +237,16 @@ __all__ = [
     "ParamSelection",
     "PermutationSpec",
     "PrunedChannels",
+    "QuantResult",
+    "QuantizedDirectory",
+    "RSQQuantizer",
+    "Scales",
+    "Solution",
     "SparseTrainer",
     "SparsityCallback",
     "SparsityReport",
     "Ticket",
+    "TokenImportance",
     "TunedModel",
     "UniPELT",
     "VisualPrompt",
@@ -243,6 +272,7 @@ __all__ = [
     "finalize",
     "gamma_report",
     "gate_values",
+    "gptq_solve",
     "hold_frozen",
     "importance_delta",
     "infer_spec",
@@ -252,6 +282,7 @@ __all__ = [
     "layer_ablation",
     "load_adapter",
     "load_delta",
+    "load_packed",
     "lora_deltas",
     "lottery_ticket",
     "mask_from_scores",
@@ -269,12 +300,17 @@ __all__ = [
     "prunable",
     "prune_channels",
     "prune_directory",
+    "quantize_directory",
     "random_masks",
     "recalibrate_norms",
     "recommend",
     "recommend_peft",
+    "reconstruction_error",
+    "rotate_model",
+    "round_to_nearest",
     "save_adapter",
     "save_delta",
+    "save_packed",
     "score_grasp",
     "score_magnitude",
     "score_random",
@@ -289,6 +325,7 @@ __all__ = [
     "taxonomy",
     "taylor_barrier",
     "train_subset",
+    "weighted_hessian",
     "zero_small_gammas",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
