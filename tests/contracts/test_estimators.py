@@ -57,6 +57,11 @@ FITS = {
         lambda model: model.fit(RAW, TARGET),
         lambda model: model.select(RAW, 5),
     ),
+    "salience.data:KMQSelector": (
+        {"n_clusters": 4},
+        lambda model: model.fit(TABLE),
+        lambda model: model.select(20),
+    ),
     "salience.weights:DeltaPruner": (
         {"rate": 0.5, "rescale": "global", "exclude": ()},
         lambda model: model.fit(*networks(), batches=[torch.ones(4, 3)]),

@@ -1,7 +1,8 @@
 """Did a selection of rows help? Measured on rows that were held out before anything was chosen.
 
 With a label: accuracy of the same simple learners (1-nearest-neighbour, logistic regression), trained on each
-selection. Without one: how far held-out rows lie from the nearest chosen row. Every baseline has as many rows as the choice.
+selection. Without one: how far held-out rows lie from the nearest chosen row. Every baseline has as many rows as the
+choice.
 """
 
 from __future__ import annotations

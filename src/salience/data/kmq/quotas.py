@@ -34,6 +34,7 @@ def cluster_quotas(
     capacity = np.asarray(capacity, dtype=np.int64)
     budget = min(int(budget), int(capacity.sum()))
     weights = np.where(capacity > 0, weights, 0.0)
+    weights = np.where(weights > 1e-12 * weights.max(initial=0.0), weights, 0.0)
     reachable = int(capacity[weights > 0].sum())
     if reachable < budget:
         given = np.where(weights > 0, capacity, 0)
