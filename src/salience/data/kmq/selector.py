@@ -211,9 +211,9 @@ class KMQSelector(BaseEstimator):
         for name, value, allowed in (("allocation", self.allocation, ALLOCATIONS), ("within", self.within, WITHIN)):
             if value not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
-        for name, value in (("n_init", self.n_init), ("max_iter", self.max_iter)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name, number in (("n_init", self.n_init), ("max_iter", self.max_iter)):
+            if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, not {number!r}")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < np.inf:
             raise InputError(f"temperature must be positive and finite, not {self.temperature!r}")
 
