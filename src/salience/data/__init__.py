@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from salience.data.kmq.selector import KMQSelector, selection_report
     from salience.data.row_baselines import deita_filter, k_center_greedy, kmeans_medoids, qdit
     from salience.data.row_selection import RowSelection, select_rows
+    from salience.data.text_clusters import ClusterSelection, select_text_clusters
     from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
@@ -26,12 +27,14 @@ _WHERE: dict[str, str] = {
     "score_gap": "kmq.gaps", "perplexity_scorer": "kmq.gaps", "reward_scorer": "kmq.gaps",
     "deita_filter": "row_baselines", "k_center_greedy": "row_baselines", "kmeans_medoids": "row_baselines",
     "qdit": "row_baselines", "select_rows": "row_selection", "RowSelection": "row_selection",
+    "select_text_clusters": "text_clusters", "ClusterSelection": "text_clusters",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
     "AlreadyDone": "text_selection",
 }  # fmt: skip
 __all__ = [
     "DSIR",
     "AlreadyDone",
+    "ClusterSelection",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
@@ -55,6 +58,7 @@ __all__ = [
     "score_text",
     "select_rows",
     "select_text",
+    "select_text_clusters",
     "selection_report",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
