@@ -63,7 +63,7 @@ def test_answers_are_greedy_whatever_the_batch(family, tokenizer) -> None:
 
 
 def test_the_gap_is_given_minus_written(tokenizer) -> None:
-    gap = score_gap(build("gpt2"), tokenizer, EXAMPLES, lambda prompts, answers: [float(" sat" == a) for a in answers],
+    gap = score_gap(build("gpt2"), tokenizer, EXAMPLES, lambda prompts, answers: [float(a == " sat") for a in answers],
                     max_new_tokens=2)  # fmt: skip
     assert gap[0] == 1.0 and gap.shape == (3,) and gap.dtype == np.float64
 
