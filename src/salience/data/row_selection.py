@@ -151,8 +151,8 @@ def select_rows(
     name = "scores" if scores else method
     tell(f"choosing by {name}")
     if scores:
-        first, *others = scores
-        combined = first.combine(*others) if others else first
+        first, *more_scores = scores
+        combined = first.combine(*more_scores) if more_scores else first
         values = combined.aligned(records.ids.take(pa.array(pool)).to_pylist())
         chosen = task.by_scores(values, draw)
         described: dict[str, Any] = {"of": combined.provenance, "draw": draw}
@@ -162,14 +162,10 @@ def select_rows(
     if len(held):
         if len(held) < 20:
             notes.append(f"{len(held)} held-out rows are few: the intervals are wide")
-        others_: dict[str, list[np.ndarray]] = {"random": [task.random(seed) for seed in range(_DRAWS)]}
-        for other in dict.fromkeys(("medoids", *compare)):
-            if other not in (name, "random"):
-                tell(f"choosing by {other} to compare")
-                others_["k-means medoids" if other == "medoids" else other] = [task.by_method(other, None)[0]]
+        others = task.baselines(name, compare, tell)
         tell("measuring on held-out rows")
         proof = prove_rows(
-            name, task.rows, chosen, others_, rows[held], labels=None if labels is None else labels[pool],
+            name, task.rows, chosen, others, rows[held], labels=None if labels is None else labels[pool],
             held_labels=None if labels is None else labels[held], seed=random_state,
         )  # fmt: skip
     shares = [] if classes is None else [
@@ -207,6 +203,15 @@ class _Pool:
         selector = model or KMQSelector(n_clusters=max(1, min(_CLUSTERS, self.count // 4)), random_state=self.seed)
         chosen = selector.fit(self.rows).select(self.count, self.quality)
         return chosen, selector.log_weights(self.quality), {"clusters": len(selector.cluster_centers_)}
+
+    def baselines(self, name: str, compare: Sequence[str], tell: Progress) -> dict[str, list[Int[np.ndarray, " b"]]]:
+        """Choices of equal size to measure `name` against, random first."""
+        found = {"random": [self.random(draw) for draw in range(_DRAWS)]}
+        for other in dict.fromkeys(("medoids", *compare)):
+            if other not in (name, "random"):
+                tell(f"choosing by {other} to compare")
+                found["k-means medoids" if other == "medoids" else other] = [self.by_method(other, None)[0]]
+        return found
 
     def by_scores(self, values: Float[np.ndarray, " n"], draw: bool) -> Int[np.ndarray, " b"]:
         """The largest, or a draw: the largest with Gumbel noise."""
