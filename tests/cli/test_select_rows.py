@@ -236,3 +236,8 @@ def test_adult_income_is_not_below_random() -> None:
     frame.columns = [f"c{i}" for i in range(frame.shape[1])]
     found = select_rows(frame, count=500, label="c14", ignore=["c2"])
     assert found.proof is not None and found.proof.comparisons[0].better is not False, found.proof.verdict
+
+
+def test_few_held_out_rows_measure_nothing() -> None:
+    found = select_rows(people(12), count=3, ignore=["code"])
+    assert found.proof is None and "nothing was measured: 3 held-out rows are too few" in found.notes

@@ -23,6 +23,7 @@ from salience.data.proof import Comparison
 from salience.measure import difference_over_draws
 
 MEASURED_ROWS = 5000  # held-out rows that are measured on, at most
+FEWEST = 5  # and at least: fewer have no interval worth the name
 ACCURACY, DISTANCE = "accuracy", "distance to the nearest chosen row"
 
 

@@ -15,7 +15,7 @@ from salience.data.kmq.clustering import check_embeddings
 from salience.data.kmq.quotas import class_quotas, take_first
 from salience.data.kmq.selector import KMQSelector
 from salience.data.row_baselines import kmeans_medoids
-from salience.data.row_proof import RowProof, prove_rows
+from salience.data.row_proof import FEWEST, RowProof, prove_rows
 from salience.errors import DataError, InputError
 from salience.io.encoding import encode
 from salience.io.whole import Records, column_of, numbers_of, read_records, words_of
@@ -143,11 +143,11 @@ def select_rows(
     if wanted > len(pool):
         raise InputError(f"{wanted:,} rows are more than the {len(pool):,} that can be chosen"
                          + (f" ({len(held):,} are held out to measure on)" if len(held) else ""))  # fmt: skip
-    rows, more = _embedded(records, embeddings, [label, quality, *ignore], pool, scores=bool(scores))
+    rows, more = _embedded(records, embeddings, [label, quality, *ignore], pool)
     notes += more
     good = None if quality is None else numbers_of(records.table, quality, "quality column")[pool]
     classes = None if labels is None else np.unique(labels[pool], return_inverse=True)
-    task = _Pool(rows[pool], classes, good, wanted, random_state, notes)
+    task = _Pool(rows[pool], classes, good, wanted, random_state)
     name = "scores" if scores else method
     tell(f"choosing by {name}")
     if scores:
@@ -159,9 +159,9 @@ def select_rows(
     else:
         chosen, values, described = task.by_method(method, model)
     proof = None
-    if len(held):
-        if len(held) < 20:
-            notes.append(f"{len(held)} held-out rows are few: the intervals are wide")
+    if 0 < len(held) < FEWEST:
+        notes.append(f"nothing was measured: {len(held)} held-out rows are too few")
+    elif len(held):
         others = task.baselines(name, compare, tell)
         tell("measuring on held-out rows")
         proof = prove_rows(
@@ -188,7 +188,6 @@ class _Pool:
     quality: Float[np.ndarray, " n"] | None
     count: int
     seed: int
-    notes: list[str]
 
     def by_method(self, method: str, model: Any) -> tuple[Int[np.ndarray, " b"], np.ndarray, dict[str, Any]]:
         """Chosen rows, a number per row, and what is to be told of the settings."""
@@ -247,7 +246,7 @@ def _labels(records: Records, label: str | None) -> tuple[np.ndarray | None, Boo
 
 
 def _embedded(
-    records: Records, embeddings: Any, without: Sequence[str | None], pool: Int[np.ndarray, " m"], scores: bool
+    records: Records, embeddings: Any, without: Sequence[str | None], pool: Int[np.ndarray, " m"]
 ) -> tuple[Float[np.ndarray, "n d"], list[str]]:
     """Every row as numbers, scaled by the pool: held-out rows must not be looked at."""
     table, n = records.table, len(records.ids)

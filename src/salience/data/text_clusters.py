@@ -22,7 +22,7 @@ from sklearn.preprocessing import normalize
 from salience.data.kmq.clustering import check_embeddings
 from salience.data.kmq.selector import KMQSelector
 from salience.data.row_baselines import kmeans_medoids
-from salience.data.row_proof import RowProof, prove_rows
+from salience.data.row_proof import FEWEST, RowProof, prove_rows
 from salience.errors import DataError, InputError, NothingToDo, nearest
 from salience.io import Batch, Corpus, Output, RecordWriter, Tally, as_numbers, read, records_of, write_quarantine
 from salience.scores import Scores
@@ -117,7 +117,7 @@ def select_text_clusters(
         good = None if grades is None else grades[pool]
         chosen = model.select(wanted, good)
         proof = None
-        if len(held):
+        if len(held) >= FEWEST:
             tell("measuring")
             draws = [np.random.default_rng([random_state, d]).permutation(len(pool))[:wanted] for d in range(_DRAWS)]
             others = {"random": draws, "k-means medoids": [kmeans_medoids(x[pool], wanted, random_state=random_state)]}
