@@ -126,7 +126,7 @@ def test_scores_of_any_method_choose_and_combine_by_rank(table: Path, tmp_path: 
     rows = sorted(int(name.split(":")[1]) for name in best.ids)
     lines = table.read_text().splitlines()[1:]
     assert (tmp_path / "both.csv").read_text().splitlines()[1:] == [lines[at] for at in rows]
-    labelled = select_rows(people(), count=40, label="kind", scores=parts, hold_out=0, ignore=["code"])
+    labelled = select_rows(table, count=40, label="kind", scores=parts, hold_out=0, ignore=["code"])
     assert all(chosen >= 2 for _, _, chosen in labelled.classes) and sum(c for *_, c in labelled.classes) == 40
     drawn = [
         select_rows(table, count=40, scores=parts[:1], draw=True, random_state=s, hold_out=0).chosen for s in (0, 0, 1)
