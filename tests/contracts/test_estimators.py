@@ -62,6 +62,11 @@ FITS = {
         lambda model: model.fit([(TABLE[:40], LABELS[:40]), (TABLE[40:], TABLE[40:, 1])]).fit_target(TABLE, LABELS),
         lambda model: model.predict(TABLE),
     ),
+    "salience.data:KMQSelector": (
+        {"n_clusters": 4},
+        lambda model: model.fit(TABLE),
+        lambda model: model.select(20),
+    ),
     "salience.weights:DeltaPruner": (
         {"rate": 0.5, "rescale": "global", "exclude": ()},
         lambda model: model.fit(*networks(), batches=[torch.ones(4, 3)]),

@@ -32,6 +32,7 @@ _EPILOG = (
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
 _DSIR = "Options of dsir alone"
+_KMQ = "Options of kmq alone"
 _WEIGHING = "Options of weighing"
 _DATA = "Data"
 _RUN = "The run"
@@ -41,6 +42,7 @@ class Method(StrEnum):
     """How documents are weighed."""
 
     dsir = "dsir"
+    kmq = "kmq"
     heuristic = "heuristic"
     random = "random"
 
@@ -62,11 +64,11 @@ class Hash(StrEnum):
 @select.command("text", epilog=_EPILOG)
 def text(
     raw: Annotated[list[str], typer.Argument(help="Raw corpus: files, globs or directories (.jsonl, .csv, .txt, also .gz and .zst; .parquet).", show_default=False)],
-    target: Annotated[list[str], typer.Option("--target", "-t", help="Target text, the same formats; may be repeated.", show_default=False)],
     out: Annotated[str, typer.Option("--out", "-o", help="Output, a path or URL: .jsonl, or the format of the input.", show_default=False)],
+    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="Target text, the same formats; may be repeated. Every method but kmq needs it.", show_default=False)] = None,
     count: Annotated[int | None, typer.Option("--count", "-n", help="Documents to choose.", show_default=False)] = None,
     fraction: Annotated[float | None, typer.Option(help="Or the share of the raw documents to choose.", show_default=False)] = None,
-    method: Annotated[Method, typer.Option(help="dsir: importance resampling; heuristic: classifier; random. All three are compared.")] = Method.dsir,
+    method: Annotated[Method, typer.Option(help="dsir: importance resampling; heuristic: classifier; random: all three are compared. kmq: no target, but quality inside clusters.")] = Method.dsir,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.", rich_help_panel=_DATA)] = "text",
     max_bad: Annotated[float, typer.Option(help="Largest share of unreadable records to put up with.", rich_help_panel=_DATA)] = 0.01,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable record.", rich_help_panel=_DATA)] = False,
@@ -78,7 +80,10 @@ def text(
     top_k: Annotated[bool, typer.Option("--top-k", help="Take the largest weights instead of drawing by them.", rich_help_panel=_WEIGHING)] = False,
     separate_targets: Annotated[bool, typer.Option("--separate-targets", help="Choose for every target by itself.", rich_help_panel=_DSIR)] = False,
     proportions: Annotated[str | None, typer.Option(help="Quotas of separate targets, as in 0.7,0.3 [default: by size].", rich_help_panel=_DSIR, show_default=False)] = None,
-    hold_out: Annotated[float, typer.Option(help="Share of the target kept out to measure on; 0 uses all of it and measures nothing.")] = 0.2,
+    quality: Annotated[str | None, typer.Option(help="Field or column of numbers, larger for better documents.", rich_help_panel=_KMQ, show_default=False)] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Directory of a transformers model, or a .npy matrix with a row per document [default: TF-IDF in 50 dimensions].", rich_help_panel=_KMQ, show_default=False)] = None,
+    clusters: Annotated[str | None, typer.Option(help="Number of clusters, or silhouette [default: one for every four documents to choose, at most 512].", rich_help_panel=_KMQ, show_default=False)] = None,
+    hold_out: Annotated[float, typer.Option(help="Share of the target (of kmq: of the documents) kept out to measure on; 0 uses all of it and measures nothing.")] = 0.2,
     scores: Annotated[Path | None, typer.Option(help="Draw by the log-weights of this Scores file instead of a method.", show_default=False)] = None,
     scores_only: Annotated[bool, typer.Option("--scores-only", help="Weigh all documents, write the Scores into the folder OUT, and choose nothing.")] = False,
     from_scores: Annotated[Path | None, typer.Option(help="Folder that --scores-only wrote of the same files: count and weigh nothing again.", show_default=False)] = None,
@@ -92,17 +97,37 @@ def text(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and how long it would take; write nothing.")] = False,
 ) -> None:  # fmt: skip
-    """Choose the documents of a raw corpus that are most like a target.
+    """Choose the documents of a raw corpus that are most like a target, or that cover it and are of high quality.
 
     Weighs every document by how much likelier its words and word pairs are in the target than in the raw corpus, and
     draws without replacement by that weight (DSIR, NeurIPS 2023). Then measures on target documents that it never saw
-    whether the choice beats a random one of equal size, and prints that first.
+    whether the choice beats a random one of equal size, and prints that first. With --method kmq (2024) no target is
+    needed: documents are clustered, each cluster gets its share, quality decides inside it, and coverage is measured.
     """
     from salience.data import DSIR, AlreadyDone, select_text
     from salience.io import Corpus, connect_ray
     from salience.io.remote import is_url
     from salience.scores import Scores
 
+    if method is Method.kmq:
+        from salience.cli._select_text_kmq import select_by_clusters
+
+        _refuse_weighing(
+            target=target, hash=hash is not Hash.sha256, ngrams=ngrams != 2, buckets=buckets != 10_000,
+            min_tokens=min_tokens != 100, smoothing=smoothing, top_k=top_k, separate_targets=separate_targets,
+            proportions=proportions, scores=scores, scores_only=scores_only, from_scores=from_scores, resume=resume,
+            engine=engine is not Engine.threads, ray_address=ray_address, workers=workers,
+        )  # fmt: skip
+        select_by_clusters(
+            raw, out, text_column=text_column, count=count, fraction=fraction, quality=quality, embeddings=embeddings,
+            clusters=clusters, hold_out=hold_out, max_bad=0.0 if strict else max_bad, seed=seed, overwrite=overwrite,
+            report=report, as_json=as_json, dry_run=dry_run,
+        )  # fmt: skip
+        return
+    if not target:
+        raise InputError("--target is missing: every method but kmq chooses by likeness to a target")
+    if quality or embeddings or clusters:
+        raise InputError("--quality, --embeddings and --clusters belong to --method kmq alone")
     _check_usage(count, fraction, scores_only, scores, from_scores, method, top_k)
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite starts again: leave one out")
@@ -162,6 +187,13 @@ def _refuse_own(**options: Any) -> None:
     given = ["--" + name.replace("_", "-") for name, value in options.items() if value]
     if given:
         raise InputError(f"{', '.join(given)} belongs to --method dsir alone: leave it out, or --method and --scores")
+
+
+def _refuse_weighing(**options: Any) -> None:
+    """Refuse what means nothing to kmq."""
+    given = ["--" + name.replace("_", "-") for name, value in options.items() if value]
+    if given:
+        raise InputError(f"{', '.join(given)} does not go with --method kmq: leave it out")
 
 
 def _numbers(written: str | None) -> list[float] | None:

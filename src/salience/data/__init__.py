@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
+    from salience.data.kmq.clustering import choose_k
+    from salience.data.kmq.gaps import perplexity_scorer, reward_scorer, score_gap
+    from salience.data.kmq.iterate import IterativeSelector, Refinement, refine
+    from salience.data.kmq.selector import KMQSelector, selection_report
     from salience.data.lasso_task_selection.active import ActiveRun, active_mtrl
     from salience.data.lasso_task_selection.allocation import allocate_samples
     from salience.data.lasso_task_selection.linear import LinearMTRL
@@ -24,12 +28,21 @@ if TYPE_CHECKING:
     from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
     from salience.data.loss_reweighting.trainer import TrainerReweighting
     from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
+    from salience.data.row_baselines import deita_filter, k_center_greedy, kmeans_medoids, qdit
+    from salience.data.row_selection import RowSelection, select_rows
+    from salience.data.text_clusters import ClusterSelection, select_text_clusters
     from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
+    "KMQSelector": "kmq.selector", "selection_report": "kmq.selector", "choose_k": "kmq.clustering",
+    "IterativeSelector": "kmq.iterate", "Refinement": "kmq.iterate", "refine": "kmq.iterate",
+    "score_gap": "kmq.gaps", "perplexity_scorer": "kmq.gaps", "reward_scorer": "kmq.gaps",
+    "deita_filter": "row_baselines", "k_center_greedy": "row_baselines", "kmeans_medoids": "row_baselines",
+    "qdit": "row_baselines", "select_rows": "row_selection", "RowSelection": "row_selection",
+    "select_text_clusters": "text_clusters", "ClusterSelection": "text_clusters",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
     "AlreadyDone": "text_selection",
     "task_relevance": "lasso_task_selection.relevance", "TaskRelevance": "lasso_task_selection.relevance",
@@ -51,11 +64,16 @@ __all__ = [
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
+    "ClusterSelection",
     "Diversity",
     "HashedNgrams",
     "HeuristicClassifier",
+    "IterativeSelector",
+    "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
+    "Refinement",
+    "RowSelection",
     "SequenceLosses",
     "SharedTrunk",
     "SkipBlock",
@@ -69,18 +87,30 @@ __all__ = [
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "choose_k",
+    "deita_filter",
     "diversity_report",
     "diversity_scores",
     "feature_variance",
     "gumbel_topk",
+    "k_center_greedy",
     "kl_reduction",
+    "kmeans_medoids",
     "lexical_overlap",
     "loss_weights",
     "mean_log_count",
     "per_sequence_loss",
+    "perplexity_scorer",
+    "qdit",
+    "refine",
+    "reward_scorer",
+    "score_gap",
     "score_text",
+    "select_rows",
     "select_tasks",
     "select_text",
+    "select_text_clusters",
+    "selection_report",
     "task_relevance",
     "weight_diagnostics",
 ]

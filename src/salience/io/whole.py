@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -44,33 +44,70 @@ def whole_table(source: Any) -> pa.Table:
     return table
 
 
+class Records(NamedTuple):
+    """A table in memory, with where its rows come from.
+
+    Attributes
+    ----------
+    table : pa.Table
+        Columns of a CSV file as numbers where they are numbers.
+    raw : pa.Table
+        The same rows with the values as they stand in the file, to write them again.
+    ids : pa.Array of str
+        "file:row" of every row, as in the `Scores` of a corpus.
+    read, bad : int
+        Records read, and unreadable ones among them.
+    notes : list of str
+        What was left out.
+    """
+
+    table: pa.Table
+    raw: pa.Table
+    ids: pa.Array
+    read: int
+    bad: int
+    notes: list[str]
+
+
 def read_whole(source: Any) -> tuple[pa.Table, list[str]]:
     """As `whole_table`, with what was left out as notes in place of warnings."""
+    found = read_records(source)
+    return found.table, found.notes
+
+
+def read_records(source: Any) -> Records:
+    """As `whole_table`, with the rows as they stand in the file and their names."""
     if isinstance(source, Mapping):
         try:
             source = pa.table({str(name): pa.array(values, from_pandas=True) for name, values in source.items()})
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise DataError(f"the table cannot be read: {error}") from error
-    reader, tally, parts = TableReader(source), Tally(), []
+    reader, tally, parts, ids = TableReader(source), Tally(), [], []
     for batch in reader:
         tally.add(batch, 1.0)
         table = batch.table
         parts.append(table.cast(_widest(table.schema)) if batch.source.format == "csv" else table)
+        rows = pa.array(batch.rows).cast(pa.large_string())
+        name, colon = (pa.scalar(text, pa.large_string()) for text in (batch.source.name, ":"))
+        ids.append(pc.binary_join_element_wise(name, rows, colon))
     if tally.bad:
         tally.check(MAX_BAD, "table")
     if not tally.documents:
         raise NothingToDo(f"{source if isinstance(source, str | os.PathLike) else 'the table'} has no rows")
     try:
-        table = pa.concat_tables(parts, promote_options="permissive")
+        raw = pa.concat_tables(parts, promote_options="permissive")
     except pa.ArrowException as error:
         raise DataError(f"the files of the table do not fit together: {error}") from error
+    table = raw
     if all(part.format == "csv" for part in reader.sources):
-        table = pa.table({name: _typed(table[name]) for name in table.column_names})
-    if not tally.bad:
-        return table, []
-    file, first = tally.bad[0]
-    count = len(tally.bad)
-    return table, [f"{count:,} unreadable records were left out, the first in {file} at {first.offset}: {first.reason}"]
+        table = pa.table({name: _typed(raw[name]) for name in raw.column_names})
+    notes = []
+    if tally.bad:
+        file, first = tally.bad[0]
+        where = f"the first in {file} at {first.offset}: {first.reason}"
+        notes = [f"{len(tally.bad):,} unreadable records were left out, {where}"]
+    names = pa.concat_arrays([part.cast(pa.large_string()) for part in ids])
+    return Records(table, raw, names, tally.read - tally.blank, len(tally.bad), notes)
 
 
 def _widest(schema: pa.Schema) -> pa.Schema:

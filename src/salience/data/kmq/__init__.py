@@ -1,0 +1,1 @@
+"""k-means-quality selection and its iterative refinement: cover every cluster, prefer quality inside."""

@@ -1,0 +1,121 @@
+"""`salience select text --method kmq`: records as they were, coverage and quality told, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from salience.cli import main
+from salience.scores import Scores
+
+TOPICS = [["wave", "tide", "reef", "sail"], ["loop", "array", "cache", "stack"], ["bread", "salt", "oven", "yeast"]]
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, output and messages of one command."""
+    sys.argv = ["salience", *map(str, arguments)]
+    capsys.readouterr()
+    code = 0
+    try:
+        main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.fixture(autouse=True)
+def _argv(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(200):
+        topic = TOPICS[rng.choice(3, p=[0.85, 0.1, 0.05])]
+        text = " ".join(rng.choice(topic, 12)) + f" {number}"
+        lines.append(json.dumps({"grade": int(rng.integers(1, 7)), "text": text, "id": number}))
+    (tmp_path / "pool.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "pool.jsonl"
+
+
+def test_documents_are_chosen_by_quality_in_every_cluster(pool: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "chosen.jsonl"
+    command = ("select", "text", pool, "--method", "kmq", "-n", 24, "--quality", "grade", "--clusters", 3, "-o", out)
+    code, told, err = run(capsys, *command)
+    assert code == 0, err
+    assert re.match(r"(Better than|No better than|Worse than) random.*: held-out rows lie", told)
+    assert "clusters hit: 3 of 3" in told and "200 records read = 24 selected + 136 not selected + 40 held out" in told
+    chosen = out.read_text().splitlines()
+    assert len(chosen) == 24 and set(chosen) <= set(pool.read_text().splitlines())
+    grades = [json.loads(line)["grade"] for line in chosen]
+    assert np.mean(grades) > 4.5  # 3.5 of all
+    scores = Scores.load(f"{out}.scores.parquet")
+    assert len(scores) == 160 and all(name.startswith("pool.jsonl:") for name in scores.ids)
+    assert "not measured" not in Path(f"{out}.report.html").read_text()
+    before = out.read_bytes()
+    assert run(capsys, *command)[0] == 2
+    assert run(capsys, *command, "--overwrite", "--json")[0] == 0 and out.read_bytes() == before
+
+
+def test_a_matrix_and_csv(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"text": [f"document {i}" for i in range(60)], "grade": rng.integers(1, 7, 60)})
+    frame.to_csv(tmp_path / "p.csv", index=False)
+    np.save(tmp_path / "v.npy", rng.normal(size=(60, 3)))
+    out = tmp_path / "c.csv"
+    code, _, err = run(capsys, "select", "text", tmp_path / "p.csv", "--method", "kmq", "--fraction", 0.2, "--quality",
+                       "grade", "--embeddings", tmp_path / "v.npy", "-o", out, "--hold-out", 0)  # fmt: skip
+    assert code == 0, err
+    assert len(pd.read_csv(out)) == 12
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "words"),
+    [
+        (("-n", 9, "--quality", "grad"), 3, "nearest names: 'grade'"),
+        (("-n", 9, "--quality", "text"), 3, "numbers are needed"),
+        (("-n", 161), 2, "161 documents are more than the 160"),
+        (("-n", 9, "--fraction", 0.1), 2, "either a count or a fraction"),
+        (("-n", 9, "--target", "x.jsonl"), 2, "--target does not go with --method kmq"),
+        (("-n", 9, "--ngrams", 3, "--resume"), 2, "--ngrams, --resume does not go with"),
+        (("-n", 9, "--clusters", "few"), 2, "--clusters must be"),
+        (("-n", 9, "--embeddings", "none"), 2, "neither a model directory nor a readable .npy"),
+    ],
+)
+def test_bad_use(pool: Path, tmp_path: Path, capsys, extra, code, words) -> None:
+    found, told, err = run(capsys, "select", "text", pool, "--method", "kmq", "-o", tmp_path / "o.jsonl", *extra)
+    assert found == code and re.search(words, err) and not told, err
+    assert not (tmp_path / "o.jsonl").exists() and not list(tmp_path.glob(".o*"))
+
+
+def test_other_methods_need_a_target_and_take_no_quality(pool: Path, tmp_path: Path, capsys) -> None:
+    base = ("select", "text", pool, "-n", 9, "-o", tmp_path / "o.jsonl")
+    assert "--target is missing" in run(capsys, *base)[2]
+    assert "belong to --method kmq alone" in run(capsys, *base, "--target", pool, "--quality", "grade")[2]
+
+
+@pytest.mark.realdata
+def test_alpaca(tmp_path: Path, capsys) -> None:
+    file = Path(os.environ.get("SALIENCE_DATA", "")) / "alpaca-demo" / "alpaca_en_demo.json"
+    if not os.environ.get("SALIENCE_DATA") or not file.exists():
+        pytest.skip("SALIENCE_DATA names no folder with alpaca-demo/alpaca_en_demo.json")
+    rows = json.loads(file.read_text())
+    lines = [json.dumps({"text": "\n".join((r["instruction"], r["input"], r["output"])), "words": min(6, len(r["output"].split()) / 40)})
+             for r in rows]  # fmt: skip
+    (tmp_path / "alpaca.jsonl").write_text("\n".join(lines) + "\n")
+    code, told, err = run(capsys, "select", "text", tmp_path / "alpaca.jsonl", "--method", "kmq", "-n", 100, "--quality",
+                          "words", "-o", tmp_path / "c.jsonl", "--json")  # fmt: skip
+    assert code == 0, err
+    found = json.loads(told)
+    assert found["selected"] == 100 and found["clusters_hit"] / found["clusters"] > 0.9
+    assert found["mean_quality"][1] > found["mean_quality"][0]
