@@ -1,8 +1,8 @@
 """Selection of rows at size: kMQ on 200,000 embeddings of 384 dimensions, against what one would write by hand.
 
-The yardstick is scikit-learn's `MiniBatchKMeans` with as many clusters, then `numpy.random.Generator.choice` inside each
-cluster by quality, with the same budgets. Rounds alternate, on one thread; figures are ratios of processor seconds, as
-machines are noisy. Also told: the inertia of both, so that speed is not bought with worse clusters.
+The yardstick is scikit-learn's `MiniBatchKMeans` with as many clusters, then `numpy.random.Generator.choice` inside
+each cluster by quality, with the same budgets. Rounds alternate, on one thread; figures are ratios of processor
+seconds, as machines are noisy. Also told: the inertia of both, so that speed is not bought with worse clusters.
 
 Usage: python benchmarks/rows.py [--rounds 3] [--rows 200000] [--json FILE]
 """

@@ -156,14 +156,14 @@ def _print(found: TaskSelection, out: Path, as_json: bool) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("task", "relevance", "take", "available"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    rows = rows_of(found)
-    for row in rows[:_SHOWN]:
+    plan = rows_of(found)
+    for task in plan[:_SHOWN]:
         table.add_row(
-            printable(row["task"])[:60], f"{row['relevance']:.3f}", f"{row['take']:,}", f"{row['available']:,}"
+            printable(task["task"])[:60], f"{task['relevance']:.3f}", f"{task['take']:,}", f"{task['available']:,}"
         )
     console.print(table)
-    if len(rows) > _SHOWN:
-        typer.echo(f"… {len(rows) - _SHOWN:,} more in plan.csv")
+    if len(plan) > _SHOWN:
+        typer.echo(f"… {len(plan) - _SHOWN:,} more in plan.csv")
     typer.echo("")
     for note in found.notes:
         say(f"note: {note}", err=True)
@@ -182,7 +182,7 @@ def comparison_rows(found: TaskSelection) -> list[tuple[str, ...]]:
     """Held-out error of every strategy, and how much worse than the chosen one it is."""
     from salience.data.lasso_task_selection.selection import STRATEGY_NAMES
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in sorted(found.errors, key=lambda name: name != found.strategy):
         gain = None if name == found.strategy else found.gain(name)
         rows.append((

@@ -256,5 +256,5 @@ def _picture(weights: Tensor, faded: Tensor) -> Figure:
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     parts: dict[str, np.ndarray] = {"intact": weights[~faded].numpy(), "faded": weights[faded].numpy()}
-    histogram(figure.subplots(), dict(parts), xlabel="weight in the loss")  # type: ignore[arg-type]
+    histogram(figure.subplots(), dict(parts), xlabel="weight in the loss")
     return figure

@@ -135,7 +135,7 @@ def active_mtrl(
     price, power = prices("costs", costs, sources), STRATEGIES[strategy]
     run = ActiveRun(model, np.zeros(sources, dtype=np.int64), [], np.full(sources, 1 / sources))
     if strategy == "passive" or nu is not None:
-        known = np.ones(sources) if strategy == "passive" else finite("nu", nu, 1)
+        known = np.ones(sources) if strategy == "passive" else finite("nu", nu, 1)  # type: ignore[arg-type]
         if len(known) != sources:
             raise InputError(f"nu has {len(known)} values for {sources} sources")
         wanted = allocate_samples(known, budget, floor=floor, power=power, costs=costs, pools=pools,

@@ -119,7 +119,7 @@ class TrunkMTRL(BaseEstimator):
         weights = self.network_.heads.weight.detach().double().cpu().numpy()  # (T * outputs, k)
         heads = weights.reshape(len(rows), outputs, width).transpose(1, 2, 0)
         noise = np.stack([self._residual(number, *pair) for number, pair in enumerate(rows)], axis=1)
-        self.heads_, self.noise_ = (heads[0], noise[0]) if outputs == 1 else (heads, noise)
+        self.heads_, self.noise_ = (heads[0], noise[0]) if outputs == 1 else (heads, noise)  # type: ignore[var-annotated]
         return self
 
     def fit_target(self, X: ArrayLike, y: ArrayLike) -> TrunkMTRL:
@@ -131,7 +131,7 @@ class TrunkMTRL(BaseEstimator):
         self.target_spread_ = found[0].spread
         parts = [np.array([getattr(one, name) for one in found]) for name in ("weights", "noise", "error")]
         single = len(found) == 1
-        self.target_head_, self.target_noise_, self.target_error_ = [p[0] for p in parts] if single else parts
+        self.target_head_, self.target_noise_, self.target_error_ = [p[0] for p in parts] if single else parts  # type: ignore[var-annotated]
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:

@@ -85,7 +85,7 @@ class TrainerReweighting(TrainerLoss):
             self._hook = None
 
     def _take_ids(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        self._ids = kwargs.pop(self.id_column, None)
+        self._ids = kwargs.pop(self.id_column, None)  # type: ignore[arg-type]
         if self._ids is None and torch.is_grad_enabled():
             raise InputError(
                 f"id_column: the batches have no {self.id_column!r}; set remove_unused_columns=False, and let the "

@@ -142,8 +142,8 @@ def row_quality(sample: pa.Table, label: str, missing: tuple[str, ...]) -> pa.Ta
         coded = encode(name, sample[name])
         of_rows += _field_properties(coded, missing)[coded.codes]
     shares = np.stack([np.bincount(target.codes, each, len(counts))[kept] for each in of_rows.T], axis=1)
-    shares /= counts[kept, None]
-    shares[:, :-1] /= max(len(fields), 1)
+    shares /= counts[kept, None]  # type: ignore[misc]
+    shares[:, :-1] /= max(len(fields), 1)  # type: ignore[misc]
     texts = as_text(target.values).filter(pa.array(kept))
     if pa.types.is_large_binary(texts.type):
         texts = pa.array([repr(value) for value in texts.to_pylist()], pa.large_string())
