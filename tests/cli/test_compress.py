@@ -171,6 +171,8 @@ def test_thresholds_and_nothing_to_do(run, folder: Path, resnet) -> None:
         ("channels", ["--method", "random", "--keep", "0.5", "--rule", "sum_in"], 2, "belong to --method ifm"),
         ("channels", ["--keep", "0.5", "--groups", "nowhere"], 2, "nearest|there are"),
         ("channels", ["--keep", "0.5", "--input-shape", "3,x"], 2, "--input-shape"),
+        ("channels", ["--keep", "0.5", "--input-shape", "1,16,16"], 2, "does not take an input of shape 1,16,16"),
+        ("sparsify", ["-d", "0.5", "--input-shape", "1,16,16"], 2, "does not take an input of shape 1,16,16"),
         ("channels", ["--keep", "0.5", "--rule", "sum_in", "--keep-norm"], 2, "sum_in"),
         ("sparsify", [], 2, "--density"), ("sparsify", ["-d", "0.5", "--n-m", "2:4"], 2, "--density"),
         ("sparsify", ["-d", "1.5"], 2, "--density"), ("sparsify", ["--n-m", "two"], 2, "N:M"),

@@ -66,6 +66,7 @@ def test_compress_delta_measures_itself_and_prints_that_first(run, models):
         "--evaluate", models / "text.jsonl", "-o", models / "out",
     )  # fmt: skip
     assert code == 0, err
+    assert "Loading weights" not in err  # bars of others, one for each model that is loaded
     first = out.splitlines()[0]
     assert first.startswith("Darex is ") and "here: bits per token" in first and "95 % interval" in first
     rows = [line.split() for line in out.splitlines() if line.split()]

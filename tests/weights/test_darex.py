@@ -30,7 +30,7 @@ from salience.weights import (
 )
 from salience.weights.darex.deltas import BLOCK, keep_block, keep_mask, prunable
 from salience.weights.darex.rescaling import phi, search
-from tiny import build, example, state_hash
+from tiny import build, example, pair, state_hash
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -522,6 +522,24 @@ def test_bad_input():
         DeltaPruner(method="dare").fit(base, broken)
     with pytest.raises(NotFittedError):
         DeltaPruner().transform()
+
+
+def test_quantised_models_are_refused_and_tied_weights_are_pruned_once():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    tuned = copy.deepcopy(base)
+    for model in (base, tuned):
+        model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match=r"0\.weight.*dequantise|dequantise.*0\.weight"):
+        DeltaPruner(method="dare", exclude=("1",)).fit(base, tuned)
+    base = pair()
+    tuned = moved(base, 0.5)
+    pruner = DeltaPruner(rate=0.5, rescale=0.5, method="darex", exclude=()).fit(base, tuned)
+    model = pruner.apply()
+    assert pruner.names_ == ("one.weight",) or list(pruner.names_) == ["one.weight"]
+    assert model.two.weight is model.one.weight
+    delta = (tuned.one.weight - base.one.weight).detach()
+    kept = pruner.transform()["one.weight"].to_dense() != 0
+    torch.testing.assert_close(model.one.weight.detach(), base.one.weight.detach() + kept * delta / 0.5)
 
 
 # diagnosis and files

@@ -260,6 +260,45 @@ def test_halves_are_merged_in_float32() -> None:
     assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
 
 
+def test_what_attention_and_tying_hold_is_skipped_with_the_reason() -> None:
+    for family in ("llama", "qwen2", "gpt2", "vit"):
+        model, inputs = build(family), example(family)
+        result = iterative_feature_merging(model, example=inputs, beta=math.inf, max_ratio=0.5)
+        assert result.skipped and all(result.skipped.values()) and not set(result.skipped) & set(result.widths)
+        assert all("mlp" in name or "fc1" in name or "intermediate" in name for name in result.widths)
+        attention = [name for name in result.skipped if "attn" in name or "attention" in name]
+        assert attention, family
+        narrowed = {n for n, v in result.model.state_dict().items() if v.shape != model.state_dict()[n].shape}
+        assert not any("attn" in n or "attention" in n or "embed" in n or "lm_head" in n for n in narrowed)
+        if family == "qwen2":
+            assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+
+
+def test_channels_that_make_nothing_merge_first_and_exactly() -> None:
+    net = mlp(4, 6, 3)
+    with torch.no_grad():
+        net[0].weight[[2, 5]], net[0].bias[[2, 5]] = 0, 0
+        net[2].weight[:, 5] = net[2].weight[:, 2]
+    x = torch.randn(9, 4).double()
+    result = iterative_feature_merging(net, example=x, beta=0)
+    assert [(m.kept, m.gone) for m in result.merges] == [(2, 5)] and not result.dead
+    assert torch.allclose(result.model(x), net(x), atol=1e-14)
+
+
+def test_distances_of_large_duplicates_are_not_below_zero() -> None:
+    """a + a - 2a of large sums is not zero in floating point: a root of it, or its order, would be nonsense."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(300, 30), nn.ReLU(), nn.Linear(30, 7))
+    with torch.no_grad():
+        net[0].weight.mul_(1e4)
+        net[0].weight[15:], net[2].weight[:, 15:] = net[0].weight[:15].clone(), net[2].weight[:, :15].clone()
+    for model, x in ((net, torch.ones(1, 300)), (copy.deepcopy(net).half(), torch.ones(1, 300).half())):
+        group = channel_groups(model, x).groups[0]
+        distances = channel_distance(model.state_dict(), group)
+        assert (distances >= 0).all() and (distances.diagonal(15) == 0).all()
+        assert (distances + torch.eye(30) == 0).sum() == 30  # each with its twin alone
+
+
 # Bad input
 
 

@@ -257,6 +257,50 @@ def test_a_resumed_run_is_the_same_run() -> None:
         start("set")[2].load_state_dict(saved[2])
 
 
+@pytest.mark.parametrize("method", ["rigl", "snfs", "granet"])
+def test_a_gradient_scaler_changes_nothing(method: str) -> None:
+    """Gradients are looked at when they have been unscaled, and a step that overflows is none."""
+    net, opt, sparse = start(method)
+    steps(net, opt, 22)
+    other, other_opt, other_sparse = start(method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)  # a power of two: exact
+    for i in range(22):
+        rows = torch.arange(10) + 10 * (i % 6)
+        if i == 7:  # one overflow in between
+            other_opt.zero_grad()
+            scaler.scale(cross_entropy(other(X[rows] * math.inf), Y[rows])).backward()
+            scaler.step(other_opt)
+            scaler.update()
+        other_opt.zero_grad()
+        scaler.scale(cross_entropy(other(X[rows]), Y[rows])).backward()
+        scaler.step(other_opt)
+        scaler.update()
+    assert other_sparse.steps == sparse.steps == 22
+    for name, mask in sparse.masks.items():
+        assert torch.equal(mask, other_sparse.masks[name]), name
+    for one, two in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("method", ["set", "rigl"])
+def test_ranks_that_average_gradients_keep_the_same_masks(method: str) -> None:
+    """What grows is decided by the gradients at the step, averaged over ranks by then, not by those of one rank."""
+    ranks = [start(method) for _ in range(2)]
+    whole = start(method)
+    for i in range(40):
+        rows = torch.arange(20) + 20 * (i % 3)
+        for (net, opt, _), part in zip([*ranks, whole], (rows[:10], rows[10:], rows), strict=True):
+            opt.zero_grad()
+            cross_entropy(net(X[part]), Y[part]).backward()
+        for one, two in zip(ranks[0][0].parameters(), ranks[1][0].parameters(), strict=True):
+            one.grad = two.grad = (one.grad + two.grad) / 2
+            two.grad = one.grad.clone()
+        for _, opt, _ in (*ranks, whole):
+            opt.step()
+    for name, mask in ranks[0][2].masks.items():
+        assert torch.equal(mask, ranks[1][2].masks[name]) and torch.equal(mask, whole[2].masks[name]), name
+
+
 def test_several_groups_frozen_parts_and_hooks_that_come_off() -> None:
     net = network()
     opt = torch.optim.SGD([{"params": net[0].parameters()}, {"params": net[2].parameters(), "lr": 0.01},

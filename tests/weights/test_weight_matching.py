@@ -574,6 +574,53 @@ def test_widths_of_one_and_duplicate_units_are_fine():
     )
 
 
+class Reused(nn.Module):
+    """One weight under two names, between layers of their own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.up, self.down, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.down.weight = self.up.weight
+
+    def forward(self, x):
+        return self.head(torch.relu(self.down(torch.relu(self.up(torch.relu(self.one(x)))))))
+
+
+def test_tied_weights_have_one_permutation():
+    model = Reused(0)
+    spec = infer_spec(model, torch.randn(2, 4))
+    permuted, _ = shuffled(spec, model.state_dict())
+    other = Reused(1)
+    other.load_state_dict(permuted)
+    assert other.down.weight is other.up.weight
+    x = torch.randn(5, 4, generator=generator())
+    torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-5)
+    assert set(spec.sizes) == {"one"} and spec.axes_to_perm["up.weight"] == ("one", "one")
+
+
+def test_grouped_kernels_hold_their_units_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 1, groups=2), nn.ReLU(), nn.Conv2d(4, 6, 1), nn.ReLU(),
+        nn.Conv2d(6, 2, 1),
+    )  # fmt: skip
+    assert infer_spec(model, torch.randn(1, 3, 4, 4)).sizes == {"4": 6}
+    with pytest.raises(NothingToDo, match="Sequential"):
+        infer_spec(model[:3], torch.randn(1, 3, 4, 4))
+
+
+def test_halves_are_matched_in_float32():
+    one, two = mlp(0, (8, 24, 24, 3)), mlp(1, (8, 24, 24, 3))
+    spec = infer_spec(one, torch.randn(2, 8))
+    halves = [{n: v.half() for n, v in model.state_dict().items()} for model in (one, two)]
+    wide = [{n: v.float() for n, v in half.items()} for half in halves]
+    found, expected = (match_weights(spec, *states, generator=generator()) for states in (halves, wide))
+    assert found.objective == expected.objective
+    assert all(torch.equal(order, expected.permutations[name]) for name, order in found.permutations.items())
+    assert apply_permutation(spec, found.permutations, halves[1])["0.weight"].dtype == torch.float16
+
+
 class OptionA(nn.Module):
     """The CIFAR ResNet-20 of He et al. with parameter-free shortcuts, under the names of the stored weights."""
 

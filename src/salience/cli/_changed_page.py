@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def show(result: Any, facts: Mapping[str, object], page: Path, as_json: bool, ti
 
     blocks: list[Any] = []
     if result.comparison is None:
-        blocks.append(report.verdict("not measured", "no --evaluate and no --evaluate-command was given", None))
+        blocks.append(
+            report.verdict(
+                "not measured", "give --evaluate, or --evaluate-command, to see how good this is on your data", None
+            )
+        )
     else:
         blocks += comparison_blocks(result.comparison, result.method, result.against)
     blocks += [report.heading("What was done"), report.facts(facts), report.text(result.branch), *more]
@@ -89,7 +94,11 @@ def delta_blocks(result: Any) -> list[Any]:
             report.heading("The search"),
             report.figure(
                 lambda ax: figures.curve(
-                    ax, [x for x, _ in trials], {"score": [y for _, y in trials]}, xlabel="candidate", ylabel="score"
+                    ax,
+                    [x for x, _ in trials],
+                    {"score": [y for _, y in trials]},
+                    xlabel="candidate q, or eta",
+                    ylabel="score",
                 ),
                 "Each candidate q (or eta, of a q per layer) and its score on the half that chooses; larger is better.",
             ),
@@ -107,8 +116,22 @@ def plan(facts: Mapping[str, object], as_json: bool) -> None:
     say("nothing written (--dry-run)")
 
 
-def progress(as_json: bool) -> Any:
-    """A spinner on the error output that names the present step; use as a context manager."""
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars that `transformers` draws while it loads and saves."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+@contextmanager
+def progress(as_json: bool) -> Iterator[Any]:
+    """A spinner on the error output that names the present step, and no bars of others beside it."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=as_json).status("starting")
+    with quiet_transformers(), Console(stderr=True, quiet=as_json).status("starting") as status:
+        yield status

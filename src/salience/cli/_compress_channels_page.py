@@ -20,7 +20,9 @@ def write_page(
     from salience.report import figures
 
     if comparison is None:
-        blocks: list[Any] = [report.verdict("not measured", "no evaluation data was given", None)]
+        blocks: list[Any] = [
+            report.verdict("not measured", "give --evaluate to see what this costs on your data", None)
+        ]
     else:
         blocks = comparison_blocks(comparison, "after", against)
     widths = facts["widths"]

@@ -20,7 +20,9 @@ def write_page(
     from salience.report import figures
 
     if comparison is None:
-        blocks: list[Any] = [report.verdict("not measured", "no evaluation data was given", None)]
+        blocks: list[Any] = [
+            report.verdict("not measured", "give --evaluate to see what this costs on your data", None)
+        ]
     else:
         blocks = comparison_blocks(comparison, "after", against)
     layers = facts["layers"]
@@ -32,10 +34,10 @@ def write_page(
             {
                 "weights": facts["weights"],
                 "kept": facts["kept"],
-                "MB as written": facts["bytes"]["dense"] / 1e6,
-                "MB with a bit mask": facts["bytes"]["bitmask"] / 1e6,
-                "MB in compressed rows": facts["bytes"]["csr"] / 1e6,
-                "ms a pass, here": facts["milliseconds"],
+                "MB as written, zeros included": facts["bytes"]["dense"] / 1e6,
+                "MB if stored with a bit mask": facts["bytes"]["bitmask"] / 1e6,
+                "MB if stored as compressed rows (CSR)": facts["bytes"]["csr"] / 1e6,
+                "ms for one pass, measured here": facts["milliseconds"],
             }
         ),
         report.text(
@@ -50,4 +52,8 @@ def write_page(
     ]
     if facts["collapsed"]:
         blocks += [report.text(f"Nothing is left of {', '.join(facts['collapsed'])}, which cuts the network.")]
+    blocks += [
+        report.heading("How to load it"),
+        report.text("As the model before: names and shapes are the same, and the weights that went are zeros."),
+    ]
     report.page(f"Sparse model: {Path(out).name}", blocks, path=path, subtitle=f"method: {method}")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salience.cli._changed_page import check_paths
+from salience.cli._changed_page import check_paths, quiet_transformers
 from salience.cli._measured import (
     Arch,
     Evaluate,
@@ -120,18 +119,6 @@ def channels(
     _print(facts, comparison, against, out, page, as_json)
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without the bars that `transformers` draws while it loads and saves."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
 def write_model(wide: Any, narrow: Any, out: Path, source: Path) -> bool:
     """Write the model; whether it needs `salience.model.load`."""
     from salience.model import save_narrowed
@@ -168,15 +155,31 @@ def example_input(loaded: Loaded, evaluation: Evaluation | None, shape: str | No
                 raise ValueError
         except ValueError:
             raise InputError(f"--input-shape must be sizes with commas between, not {shape!r}") from None
-        return torch.zeros(1, *sizes)
+        return _taken(loaded.model, torch.zeros(1, *sizes), "--input-shape")
     if getattr(loaded.model, "config", None) is not None:
         return None
     if evaluation is not None and evaluation.kind == "images":
         from salience.model import read_images
 
         size, mean, std = evaluation.size, evaluation.mean, evaluation.std
-        return read_images(str(evaluation.data), size=size, mean=mean, std=std, limit=1)[0][0][None]
+        image = read_images(str(evaluation.data), size=size, mean=mean, std=std, limit=1)[0][0][None]
+        return _taken(loaded.model, image, "--evaluate, whose images are read in three colours")
     raise InputError("--input-shape: the model does not tell the shape of its inputs; give one, as in 3,32,32")
+
+
+def _taken(model: Any, example: Any, of: str) -> Any:
+    """The example, if the network takes it."""
+    import torch
+
+    from salience.model import run
+
+    try:
+        with torch.no_grad():
+            run(model, example)
+    except (RuntimeError, ValueError, IndexError) as error:
+        shape, why = ",".join(map(str, example.shape[1:])), (str(error).splitlines() or [""])[0]
+        raise InputError(f"{of}: {type(model).__name__} does not take an input of shape {shape}: {why}") from error
+    return example
 
 
 def _narrow(model: Any, example: Any, method: Method, share: tuple[float, float], rule: Rule | None,

@@ -15,7 +15,6 @@ import typer
 from salience.cli._changed_page import check_paths, plan, progress
 from salience.cli._measured import Evaluate, EvaluateCommand, Limit, LowerIsBetter, evaluation_of, print_comparison
 from salience.cli._say import say
-from salience.cli.compress_channels import quiet_transformers
 from salience.cli.verbs import compress
 from salience.errors import InputError, NothingToDo
 
@@ -126,7 +125,7 @@ def quantize(
         return
     with (
         model_output(out, overwrite, [model, calibration, *([token_weights] if token_weights else [])], evaluation) as output,
-        quiet_transformers(), progress(as_json) as status, warnings.catch_warnings(),
+        progress(as_json) as status, warnings.catch_warnings(),
     ):  # fmt: skip
         work = work_folder(output)
         if evaluation is None:

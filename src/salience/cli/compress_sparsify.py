@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from salience.cli._changed_page import check_paths
+from salience.cli._changed_page import check_paths, quiet_transformers
 from salience.cli._measured import (
     Arch,
     Evaluate,
@@ -26,7 +26,7 @@ from salience.cli._measured import (
     print_comparison,
 )
 from salience.cli._say import say
-from salience.cli.compress_channels import example_input, quiet_transformers, write_model
+from salience.cli.compress_channels import example_input, write_model
 from salience.cli.verbs import compress
 from salience.errors import InputError
 
