@@ -484,6 +484,24 @@ def test_scores_go_to_other_methods() -> None:
     assert scores.values.tolist() == tuning.importance_.tolist()
 
 
+@pytest.mark.parametrize("mode", ["importance", "random"])
+def test_a_layer_that_was_never_drawn_has_a_rise_of_nothing(mode: str) -> None:
+    model = stack(4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    tuning = ImportanceSparseTuning(model, mode=mode, generator=generator())
+    for step in range(2):
+        tuning.before_step(step)
+        optimizer.zero_grad()
+        loss(model, torch.ones(3, 2)).backward()
+        optimizer.step()
+    tuning.release()
+    rises = layer_ablation(model, [torch.ones(3, 2)], loss, start=tuning.start_)
+    assert 0 < int((tuning.counts_ == 0).sum()) < 4
+    assert (rises == 0).tolist() == (tuning.counts_ == 0).tolist()
+    untouched = stack(4)
+    assert not layer_ablation(untouched, [torch.ones(3, 2)], loss, start={}).any()
+
+
 # Bad input
 
 
@@ -582,7 +600,7 @@ def test_ties_change_nothing() -> None:
 def test_ablation_of_nothing() -> None:
     with pytest.raises(NothingToDo, match="batches: there are none"):
         layer_ablation(adapted(), [])
-    with pytest.raises(InputError, match=r"start: nothing of layer 'blocks\.0' could be damped"):
+    with pytest.raises(InputError, match=r"start: 'blocks\.0\.weight' of layer 'blocks\.0' has no scaling"):
         layer_ablation(stack(), [torch.ones(1, 2)], loss)
     with pytest.raises(InputError, match="suppression: got 1"):
         layer_ablation(adapted(), [text()], suppression=1.0)
@@ -650,6 +668,19 @@ def test_the_callback_trains_saves_and_resumes(tmp_path, full: bool) -> None:
     assert all(torch.equal(value, fresh.tuning.start_[name]) for name, value in told.tuning.start_.items())
     for one, two in zip(whole.model.parameters(), resumed.model.parameters()):
         assert torch.allclose(one, two, atol=1e-6)
+
+
+def test_a_run_after_an_interrupted_one_finds_all_layers(tmp_path) -> None:
+    run = trainer(tmp_path, told := callback(), max_steps=2, save_strategy="no")
+    names = {k for k, p in run.model.named_parameters() if p.requires_grad}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "training_step", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.train()
+    assert {k for k, p in run.model.named_parameters() if p.requires_grad} < names
+    layers = told.tuning.layer_names_
+    run.train()
+    assert told.tuning.layer_names_ == layers
+    assert {k for k, p in run.model.named_parameters() if p.requires_grad} == names
 
 
 def test_checkpoints_without_or_with_damaged_importance(tmp_path) -> None:

@@ -49,7 +49,8 @@ def layer_ablation(
         As of `ImportanceSparseTuning`.
     start : mapping of str to Tensor, optional
         Parameters before tuning, by name: needed for what no adapter's scaling multiplies (full fine-tuning, IA3,
-        OFT and so on). `ImportanceSparseTuning.start_` is such a mapping.
+        OFT and so on). `ImportanceSparseTuning.start_` is such a mapping. A parameter without an entry is taken
+        not to have moved, so that a layer that was never drawn has a rise of 0.
 
     Returns
     -------
@@ -59,18 +60,19 @@ def layer_ablation(
     Raises
     ------
     InputError
-        No layers, an option out of range, or a layer in which nothing could be damped for want of `start`.
+        No layers, an option out of range, or a layer with parameters that need `start`, which is not given.
     NothingToDo
         There are no batches.
     """
     check_suppression(suppression)
-    found, start = find_layers(model, layers), start or {}
+    found = find_layers(model, layers)
     for layer in found:
-        if not layer.scalings and not set(layer.unscaled) & set(start):
+        if start is None and layer.unscaled:
             raise InputError(
-                f"start: nothing of layer {layer.name!r} could be damped; its parameters have no scaling, so give "
-                "their values before tuning by name"
+                f"start: {next(iter(layer.unscaled))!r} of layer {layer.name!r} has no scaling by which to damp it, so "
+                "give the values before tuning by name"
             )
+    start = start or {}  # no entry: the parameter has not moved, and damping it changes nothing
     loss_fn = loss_fn or own_loss
     rows = []
     with training_mode(model, False), torch.no_grad():

@@ -72,8 +72,13 @@ class ISTCallback(TrainerCallback):
         self.loss_fn, self.seed, self.options = loss_fn, seed, options
         self.tuning: ImportanceSparseTuning | None = None
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Undo what an interrupted run of another trainer left, before the optimiser is made."""
+        self._release()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the layers, and take up a checkpoint's scores if the run goes on from one."""
+        self._release()  # an interrupted run left only the drawn layers trainable
         loader, optimizer, model = kwargs["train_dataloader"], kwargs["optimizer"], kwargs["model"]
         self.dataset = loader.dataset if self.dataset is None else self.dataset
         self.data_collator = loader.collate_fn if self.data_collator is None else self.data_collator
@@ -103,6 +108,9 @@ class ISTCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model with what was trainable before."""
+        self._release()
+
+    def _release(self) -> None:
         if self.tuning is not None:
             self.tuning.release()
 

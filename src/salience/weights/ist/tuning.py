@@ -75,7 +75,8 @@ class ImportanceSparseTuning:
     counts_ : Tensor of int64, shape (N_l,)
         How often each was drawn.
     start_ : dict of str to Tensor
-        Values before tuning of parameters that have no scaling, of layers drawn so far, in main memory.
+        Values before tuning of parameters that have no scaling, of layers drawn so far, in main memory; in both
+        modes.
     history_ : list of dict
         Of each update: "step", "suppressed" (sets), "losses", "rewards".
 
@@ -260,7 +261,7 @@ class ImportanceSparseTuning:
                 parameter.requires_grad_(active)
                 if not active:
                     parameter.grad = None  # a zero would still be moved by momentum and decay
-            if active and self.mode == "importance":
+            if active:
                 for name, parameter in layer.unscaled.items():
                     if name not in self.start_:
                         self.start_[name] = parameter.detach().to("cpu", copy=True)
