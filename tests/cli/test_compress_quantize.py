@@ -106,6 +106,8 @@ def test_token_scores_choose_what_is_fitted(place, tmp_path) -> None:
     Scores([1.0] * len(ids), ids, "token").save(tmp_path / "alike.parquet")
     run(*options, "-o", tmp_path / "two", "--token-weights", tmp_path / "alike.parquet")
     run(*options, "-o", tmp_path / "three", "--importance", "uniform")
+    told = [json.loads((tmp_path / name / "manifest.json").read_text())["quantizer"] for name in ("one", "three")]
+    assert [each["importance"] for each in told] == ["given", "uniform"]
     codes = [(tmp_path / name / "codes.safetensors").read_bytes() for name in ("one", "two", "three")]
     assert codes[0] != codes[1] and codes[1] == codes[2]
     with pytest.raises(InputError, match="has no score"):
@@ -133,6 +135,9 @@ def test_bad_usage_leaves_nothing(place, tmp_path) -> None:
         ((place / "model", "-c", tmp_path / "short.txt"), NothingToDo, "fewer than 5"),
         ((tmp_path / "mute", "-c", text), InputError, "without a tokenizer"),
         ((place / "model", "-c", text, "--exclude", "*"), InputError, "nothing to quantise"),
+        ((place / "model", "-c", text, "--exclude", "up_prj"), InputError, "'up_proj'"),
+        ((place / "model", "-c", text, "--exclude", "up_prj", "--dry-run"), InputError, "'up_proj'"),
+        ((place / "model", "-c", text, "--importance", "attncon", "--token-weights", text), InputError, "leave one"),
         ((place / "model", "-c", text, "--length", 1), InputError, "--length"),
         ((place, "-c", text), DataError, "config"),
     ):

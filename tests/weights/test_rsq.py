@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from salience.errors import DataError, InputError, NothingToDo
 from salience.model import eager_attention
@@ -32,8 +35,9 @@ from salience.weights import (
 from salience.weights.rsq.calibration import calibration_from_texts, calibration_of
 from salience.weights.rsq.grids import spread
 from salience.weights.rsq.importance import attention_received
-from salience.weights.rsq.layers import GROUPS
+from salience.weights.rsq.layers import GROUPS, Stream, layer_importance
 from salience.weights.rsq.packing import pack_bits, unpack_bits
+from salience.weights.rsq.quantizer import embed
 from salience.weights.rsq.rotating import Turn, hadamard
 from tiny import VOCABULARY, build, directory_hash, state_hash
 
@@ -447,7 +451,7 @@ def test_token_scores_are_the_weights(tmp_path) -> None:
     options = {"length": 2, "sequences": 9, "generator": draw}
     found = calibration_from_texts(tokenizer, texts, weights=scores, numbers=[0, 7], skip_special=True, **options)
     assert found.ids.tolist() == [[1, 2], [3, 301], [5, 6]] and found.given.tolist() == [[1, 2], [3, 4], [5, 6]]
-    assert found.mask.tolist() == [[True, True], [True, False], [True, True]]
+    assert found.mask.all() and found.weighed().tolist() == [[True, True], [True, False], [True, True]]
     with pytest.raises(InputError, match="1:0"):
         calibration_from_texts(tokenizer, texts, weights=scores, **options)
     with pytest.raises(InputError, match="tokens are wanted"):
@@ -461,6 +465,37 @@ def test_token_scores_are_the_weights(tmp_path) -> None:
     assert all(torch.equal(given.matrices[n].codes, chunk.matrices[n].codes) for n in chunk.matrices)
 
 
+def test_tokens_without_weight_are_seen_by_the_model_all_the_same() -> None:
+    model, ids = decoder("llama"), tokens()
+    special = torch.zeros_like(ids, dtype=torch.bool)
+    special[:, [0, 3, 5, 11]] = True
+    plain = calibration_of(ids)
+    skipped = plain._replace(fitted=~special)
+    states = []
+    for calibration in (plain, skipped):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            stream = Stream(calibration, model.model.rotary_emb, model.config, torch.float32, Path(folder))
+            embed(stream, model.get_input_embeddings())
+            for number, layer in enumerate(model.model.layers):
+                r = layer_importance(layer, stream, TokenImportance(), number)
+                for rows in stream.batches():
+                    stream.hidden[rows] = stream.call(layer, rows, number)
+            states.append((stream.hidden.clone(), r))
+    expected = model(ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(states[0][0], states[1][0])
+    torch.testing.assert_close(model.model.norm(states[0][0]), expected, rtol=1e-4, atol=1e-4)
+    assert not states[1][1][special].any() and states[1][1][~special].all()
+    torch.testing.assert_close(states[1][1].sum(1), (~special).sum(1).float())  # mean 1 of those that count
+    # In the Hessian they are as good as weights of 0: as many in each sequence, so that only the scale differs.
+    weights = (~special).float()
+    one = RSQQuantizer(bits=3, clip=False, importance="uniform").quantize(model, skipped)
+    two = RSQQuantizer(bits=3, clip=False, r_min=0.0).quantize(model, {"input_ids": ids, "token_weights": weights})
+    differing = [(one.matrices[n].codes != two.matrices[n].codes).double().mean() for n in one.matrices]
+    assert max(differing) < 0.01
+    rolled = skipped.expanded(2)
+    assert rolled.given is None and torch.equal(rolled.weighed(), torch.cat([~special, ~special.roll(12, 1)]))
+
+
 # ---- bad input
 
 
@@ -470,7 +505,9 @@ def test_token_scores_are_the_weights(tmp_path) -> None:
         ({"bits": 1}, "bits"), ({"bits": 9}, "bits"), ({"bits": 3.0}, "bits"), ({"grid": "x"}, "grid"),
         ({"group_size": 7}, "group_size: 7"), ({"importance": "loud"}, "importance"), ({"importance": "8_8"}, "chunk 8"),
         ({"r_min": 1.0}, "r_min"), ({"rotate": "spin"}, "rotate"), ({"rotate": None, "online": True}, "online"),
-        ({"expand": 0}, "expand"), ({"percdamp": 0.0}, "percdamp"), ({"rounding": "up"}, "rounding"),
+        ({"exclude": ("down_prj",)}, "fits 'down_prj'; nearest names: 'down_proj'"),
+        ({"exclude": ("model.layers.7.mlp.down_proj",)}, "nearest names: 'model.layers.1.mlp.down_proj'"),
+        ({"exclude": ("*",)}, "nothing to quantise"), ({"expand": 0}, "expand"), ({"percdamp": 0.0}, "percdamp"), ({"rounding": "up"}, "rounding"),
     ],
 )  # fmt: skip
 def test_bad_parameters(options, match) -> None:
@@ -529,7 +566,8 @@ def test_worse_than_rounding_stops_with_the_name(monkeypatch) -> None:
 
     sweep = solving._sweep
     monkeypatch.setattr(solving, "_sweep", broken)
-    with pytest.raises(DataError, match=r"model\.layers\.0\.self_attn\.q_proj: .*rounding to nearest"):
+    told = r"model\.layers\.0\.self_attn\.q_proj: .*rounding to nearest .*exclude.*percdamp"
+    with pytest.raises(DataError, match=told):
         RSQQuantizer(clip=False).quantize(decoder("llama"), tokens())
 
 
@@ -562,6 +600,78 @@ def test_damaged_packed_directories(tmp_path) -> None:
     config.write_text(json.dumps({**told, "auto_map": {"AutoModel": "x.y"}}))
     with pytest.raises(DataError, match="auto_map"):
         load_packed(tmp_path / "packed")
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "change", "match"),
+    [
+        ("codes", "codes", lambda t: t[:, :-1], r"codes: stored as"),
+        ("codes", "codes", lambda t: torch.cat([t, t[:, :1]], 1), r"codes: stored as"),
+        ("codes", "codes", lambda t: t[:-1], r"codes: stored as"),
+        ("codes", "codes", lambda t: t.to(torch.int16), "bytes are wanted"),
+        ("codes", "scale", lambda t: t[:, :1], "scale: stored as"),
+        ("codes", "scale", lambda t: None, "scale: is not there"),
+        ("codes", "zero", lambda t: None, "zero: is not there"),
+        ("codes", "codes", lambda t: None, "no weights for"),
+        ("codes", "more", lambda t: torch.ones(1), "no such weight"),
+        ("rest", "", lambda t: t[:-1], "stored as"),
+        ("rest", "", lambda t: None, "no weights for"),
+        ("description", "bits", lambda t: 11, "of this version"),
+        ("description", "group_size", lambda t: None, "of this version"),
+    ],
+)
+def test_damaged_tensors(file, name, change, match, packed_asymmetric, tmp_path) -> None:
+    shutil.copytree(packed_asymmetric, tmp_path / "packed")
+    path = tmp_path / "packed" / ("rest.safetensors" if file == "rest" else "codes.safetensors")
+    tensors, key = load_file(path), "model.norm.weight" if file == "rest" else f"model.layers.1.mlp.up_proj.{name}"
+    with safe_open(path, "pt") as opened:
+        described = dict(opened.metadata())
+    if file == "description":
+        told = json.loads(described["salience"])
+        described["salience"] = json.dumps({**told, name: change(told[name])})
+    else:
+        changed = change(tensors.pop(key, None))
+        tensors |= {} if changed is None else {key: changed.contiguous()}
+    save_file(tensors, path, described)
+    with pytest.raises(DataError, match=match):
+        load_packed(tmp_path / "packed")
+
+
+@pytest.fixture(scope="module")
+def packed_asymmetric(tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed") / "model"
+    quantizer = RSQQuantizer(bits=3, rounding="nearest", rotate=None, clip=False, sym=False, group_size=16)
+    save_packed(quantizer.quantize(decoder("llama")), path)
+    load_packed(path)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_fails_on_the_way_leaves_nothing(packed, tmp_path) -> None:
+    model = decoder("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / ".out.partial").mkdir()  # of a run that was killed
+    with pytest.raises(DataError, match=r"model\.layers\.1"):
+        quantizer = RSQQuantizer(clip=False, rotate=None)
+        quantize_directory(tmp_path / "model", tmp_path / "out", tokens(), quantizer, packed=packed)
+    with pytest.raises(InputError, match=r"folder .* does not exist"):
+        quantize_directory(tmp_path / "model", tmp_path / "no" / "out", tokens(), RSQQuantizer(clip=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_packed_model_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch) -> None:
+    from salience.weights.rsq import packing
+
+    def full(*arguments) -> None:
+        raise OSError("no space left")
+
+    result = RSQQuantizer(rounding="nearest", rotate=None, clip=False).quantize(decoder("llama"))
+    monkeypatch.setattr(packing, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_packed(result, tmp_path / "packed")
+    assert not list(tmp_path.iterdir())
 
 
 def test_scales_of_groups_spread() -> None:

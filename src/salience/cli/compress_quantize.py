@@ -16,7 +16,7 @@ from salience.cli._changed_page import check_paths, plan, progress
 from salience.cli._measured import Evaluate, EvaluateCommand, Limit, LowerIsBetter, evaluation_of, print_comparison
 from salience.cli._say import say
 from salience.cli.verbs import compress
-from salience.errors import InputError, NothingToDo
+from salience.errors import DataError, InputError, NothingToDo
 
 if TYPE_CHECKING:
     from salience.weights.evaluation import Comparison, Evaluation
@@ -76,7 +76,7 @@ def quantize(
     act_order: Annotated[bool, typer.Option("--act-order", help="Inputs with the largest activations first.", rich_help_panel=_ROUNDING)] = False,
     percdamp: Annotated[float, typer.Option(help="Damping of the Hessian, share of its mean diagonal.", rich_help_panel=_ROUNDING)] = 0.01,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave linear layers with this name or pattern as they are, as in down_proj; may be repeated.", show_default=False)] = None,
-    importance: Annotated[str, typer.Option(help="attncon, actnorm, actdiff, tokensim, tokenfreq, first, firstlast, chunks such as 0_8, or uniform.", rich_help_panel=_TOKENS)] = "attncon",
+    importance: Annotated[str | None, typer.Option(help="attncon, actnorm, actdiff, tokensim, tokenfreq, first, firstlast, chunks such as 0_8, or uniform.", rich_help_panel=_TOKENS, show_default="attncon")] = None,
     r_min: Annotated[float, typer.Option(help="Weight of the least important token; that of the most important is 1.", rich_help_panel=_TOKENS)] = 0.005,
     token_weights: Annotated[Path | None, typer.Option(help="Instead: a Scores file of tokens, with ids DOCUMENT:POSITION from 0.", rich_help_panel=_TOKENS, show_default=False)] = None,
     skip_special: Annotated[bool, typer.Option("--skip-special", help="Special tokens, as of a chat template, get weight 0.", rich_help_panel=_TOKENS)] = False,
@@ -107,11 +107,13 @@ def quantize(
         raise InputError("--online: activations are rotated while the model runs, which needs --packed")
     if packed and evaluate_command is not None:
         raise InputError("--evaluate-command: a command cannot load what --packed writes; use --evaluate")
+    if importance is not None and token_weights is not None:
+        raise InputError("--importance: --token-weights gives the importance of tokens; leave one of the two out")
     from salience.weights import RSQQuantizer
     from salience.weights.model_output import model_output, put_directory, work_folder
 
     quantizer = RSQQuantizer(
-        bits=bits, group_size=group_size, sym=sym, clip=clip, grid=grid.value, importance=importance, r_min=r_min,
+        bits=bits, group_size=group_size, sym=sym, clip=clip, grid=grid.value, importance=importance or "attncon", r_min=r_min,
         rotate=None if rotate is Rotate.none else rotate.value,  # type: ignore[arg-type]
         online=online, expand=expand, percdamp=percdamp,
         act_order=act_order, exclude=tuple(exclude or ()), random_state=seed,
@@ -119,7 +121,7 @@ def quantize(
     quantizer.check()
     evaluation = evaluation_of(evaluate, evaluate_command, lower_is_better, seed=seed, limit=limit)
     texts = _texts(calibration, text_column, hold_out=evaluation is None)
-    tokens = _tokens(model, texts, length, sequences, seed, token_weights, skip_special)
+    tokens = _tokens(model, texts, length, sequences, quantizer, token_weights, skip_special)
     if dry_run:
         plan(_planned(model, tokens, quantizer, texts, evaluation), as_json)
         return
@@ -138,7 +140,8 @@ def quantize(
         put_directory(output, work / "model")
         output.commit({
             "command": "compress quantize", "model": str(model), "calibration": str(calibration), "packed": packed,
-            "token_weights": token_weights and str(token_weights), "quantizer": vars(quantizer), "seed": seed,
+            "token_weights": token_weights and str(token_weights), "seed": seed,
+            "quantizer": vars(quantizer) | ({"importance": "given"} if token_weights else {}),
         })  # fmt: skip
     against = next(iter(others), "before")
     from salience.cli._compress_quantize_page import write_page
@@ -168,7 +171,13 @@ def _texts(path: Path, column: str, hold_out: bool) -> Texts:
 
 
 def _tokens(
-    model: Path, texts: Texts, length: int, sequences: int, seed: int, weights: Path | None, skip_special: bool
+    model: Path,
+    texts: Texts,
+    length: int,
+    sequences: int,
+    quantizer: RSQQuantizer,
+    weights: Path | None,
+    skip_special: bool,
 ) -> Calibration:
     import torch
 
@@ -181,13 +190,14 @@ def _tokens(
         raise InputError(f"--length and --sequences: got {length} and {sequences}; at least 2 and 1")
     net: Any = skeleton(model)
     check_supported(net)
+    quantizer.check_exclude(net.config)
     tokenizer = load_processor(model)
     if tokenizer is None or not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise InputError(f"model: {model} comes without a tokenizer")
     tokens = calibration_from_texts(
         tokenizer, texts.texts, numbers=texts.numbers, sequences=sequences, skip_special=skip_special,
         length=min(length, getattr(net.config, "max_position_embeddings", None) or length),
-        generator=torch.Generator().manual_seed(seed), weights=None if weights is None else Scores.load(weights),
+        generator=torch.Generator().manual_seed(quantizer.random_state), weights=None if weights is None else Scores.load(weights),
     )  # fmt: skip
     check_length(tokens, net.config)
     return tokens
@@ -230,7 +240,10 @@ def _baselines(
     if quantizer.importance == "uniform" and tokens.given is None:
         del ways["tokens alike"]
     for name, (text, how) in ways.items():
-        _quantised(model, work / name, text, how, packed, status, f"{name}: ")
+        try:
+            _quantised(model, work / name, text, how, packed, status, f"{name}: ")
+        except DataError as error:
+            raise DataError(f"the baseline {name!r}: {error}; --no-baselines does without") from error
     return {name: work / name for name in ways}
 
 
@@ -259,7 +272,7 @@ def _planned(
         "model": str(model),
         "model, MB": size / 1e6,
         "bits": quantizer.bits,
-        "calibration tokens": int(tokens.mask.sum()),
+        "calibration tokens": int(tokens.weighed().sum()),
         "sequences": len(tokens.ids),
         "file of hidden states, MB at most": states / 1e6,
         "documents held out": len(texts.held_out) if evaluation is None else 0,
@@ -281,7 +294,7 @@ def _facts(
         "dense_bytes": done.dense_bytes,
         "codes_bytes": done.codes_bytes,
         "rest_bytes": done.rest_bytes,
-        "calibration_tokens": int(tokens.mask.sum()),
+        "calibration_tokens": int(tokens.weighed().sum()),
         "sequences": len(tokens.ids),
         "mean_error_over_rounding": math.fsum(ratios.values()) / len(ratios),
         "worst_error_over_rounding": [worst, ratios[worst]],

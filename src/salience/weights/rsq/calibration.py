@@ -20,14 +20,21 @@ class Calibration(NamedTuple):
     ----------
     ids : int64 Tensor (sequences, tokens)
     mask : bool Tensor (sequences, tokens)
-        Which tokens are real.
+        Which tokens are real: the model sees these.
     given : float32 Tensor (sequences, tokens) or None
         Importance from elsewhere.
+    fitted : bool Tensor (sequences, tokens) or None
+        Which real tokens may have weight; all by default. The model sees the others all the same.
     """
 
     ids: Int[Tensor, "sequence token"]
     mask: Bool[Tensor, "sequence token"]
     given: Float[Tensor, "sequence token"] | None = None
+    fitted: Bool[Tensor, "sequence token"] | None = None
+
+    def weighed(self) -> Bool[Tensor, "sequence token"]:
+        """Tokens that may have weight."""
+        return self.mask if self.fitted is None else self.mask & self.fitted
 
     def counts(self) -> Int[Tensor, "sequence token"]:
         """How often each token occurs in all real tokens."""
@@ -38,8 +45,11 @@ class Calibration(NamedTuple):
         """Each sequence `times` over, rolled by 0, 1, … parts of its length: no token stands first in all copies."""
         if times == 1:
             return self
-        parts = [[_rolled(part, self.mask, k, times) for k in range(times)] for part in self if part is not None]
-        return Calibration(*(torch.cat(copies) for copies in parts))
+
+        def copies(part: Tensor | None) -> Any:
+            return None if part is None else torch.cat([_rolled(part, self.mask, k, times) for k in range(times)])
+
+        return Calibration(*(copies(part) for part in self))
 
 
 def calibration_of(batches: Any) -> Calibration:
@@ -120,7 +130,7 @@ def calibration_from_texts(
     numbers : sequence of int, optional
         The number of each document in the ids; by default the order of `texts`.
     skip_special : bool
-        Leave special tokens, as of a chat template, out of the weights.
+        Special tokens, as of a chat template, get no weight. The model sees them.
 
     Raises
     ------
@@ -140,10 +150,10 @@ def calibration_from_texts(
         numbers = range(len(rows)) if numbers is None else numbers
         names = [f"{number}:{place}" for number, row in zip(numbers, rows, strict=True) for place in range(len(row))]
         given = torch.from_numpy(weights.aligned(names)).float()
-    mask = torch.ones(len(ids), dtype=torch.bool)
+    fitted = torch.ones(len(ids), dtype=torch.bool)
     if skip_special:
-        mask = ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long))
-        if not mask.any():
+        fitted = ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids), dtype=torch.long))
+        if not fitted.any():
             raise NothingToDo("calibration: all tokens are special ones")
     length = min(length, len(ids))
     count = len(ids) // length
@@ -152,9 +162,13 @@ def calibration_from_texts(
     def cut(part: Tensor) -> Tensor:
         return part[: count * length].view(count, length)[chosen]
 
-    real = cut(mask)
-    some = real.any(1)
-    return Calibration(cut(ids)[some], real[some], None if given is None else cut(given)[some])
+    kept = cut(fitted)
+    some = kept.any(1)  # a sequence without weight has no part in any Hessian
+    if not some.any():
+        raise NothingToDo("calibration: all tokens of the sample are special ones")
+    sample = cut(ids)[some]
+    real = torch.ones_like(sample, dtype=torch.bool)
+    return Calibration(sample, real, None if given is None else cut(given)[some], kept[some] if skip_special else None)
 
 
 def check_length(calibration: Calibration, config: Any) -> None:

@@ -20,7 +20,7 @@ from salience.model.loading import skeleton
 from salience.model.shards import INDEX, TensorStore, copy_rest
 from salience.weights.rsq.calibration import Calibration
 from salience.weights.rsq.layers import QuantizedMatrix, Stream
-from salience.weights.rsq.packing import CODES, REST, join_files, write_codes
+from salience.weights.rsq.packing import CODES, REST, built_beside, join_files, write_codes
 from salience.weights.rsq.quantizer import RSQQuantizer, Told, embed
 from salience.weights.rsq.rotating import Rotation, check_supported
 
@@ -80,9 +80,9 @@ def quantize_directory(
     source : path-like
         A `transformers` directory with safetensors. It is only read.
     out : path-like
-        A folder that is not there yet. It gets the weights that the codes stand for, one file a layer, which
-        `from_pretrained` loads, and the codes. With `packed` it gets codes and all that is not quantised, which
-        `load_packed` loads.
+        A folder that is not there yet, and appears when it is complete. It gets the weights that the codes stand for,
+        one file a layer, which `from_pretrained` loads, and the codes. With `packed` it gets codes and all that is not
+        quantised, which `load_packed` loads.
     batches : Tensor, mapping, iterable, or None
         Calibration text as token ids; None to round to nearest.
     quantizer : RSQQuantizer
@@ -104,17 +104,16 @@ def quantize_directory(
     """
     quantizer.check()
     target = Path(out)
-    if target.exists():
-        raise InputError(f"out: {out} exists")
     if quantizer.online and not packed:
         raise InputError("online: weights alone do not give such a model; write it with packed=True")
     net: Any = skeleton(source)
     check_supported(net)
+    quantizer.check_exclude(net.config)
     calibration = None if quantizer.rounding == "nearest" else quantizer.calibration(batches, net.config)
     rotation = quantizer.rotation(net.config)
     with ExitStack() as opened:
         store = opened.enter_context(TensorStore(source))
-        writer = _Writer(target, store.path, quantizer, packed)
+        writer = _Writer(opened.enter_context(built_beside(target)), store.path, quantizer, packed)
         ends = _Ends(store, net, rotation)
         stream = None
         if calibration is not None:
@@ -124,7 +123,8 @@ def quantize_directory(
         for name, matrix in quantizer.run(layers, stream, rotation, progress):
             writer.matrix(layers, name, matrix)
         writer.layer(layers)
-    result = writer.finish(untied=rotation is not None)
+        result = writer.finish(untied=rotation is not None)
+    result.path = target
     result.dense_bytes = sum(entry.size * entry.dtype.itemsize for entry in store.entries.values())
     return result
 
@@ -196,7 +196,6 @@ class _Writer:
 
     def __init__(self, out: Path, source: Path, quantizer: RSQQuantizer, packed: bool) -> None:
         self.out, self.quantizer, self.packed = out, quantizer, packed
-        out.mkdir()
         copy_rest(source, out)
         (out / INDEX).unlink(missing_ok=True)
         self.result = QuantizedDirectory(out)
@@ -240,8 +239,6 @@ class _Writer:
 
     def finish(self, untied: bool) -> QuantizedDirectory:
         """Give all files their names."""
-        if not self.codes:
-            raise InputError("exclude: leaves nothing to quantise")
         join_files(self.codes, self.out / CODES)
         self.result.codes_bytes = (self.out / CODES).stat().st_size
         if self.packed:

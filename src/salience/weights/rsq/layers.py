@@ -66,8 +66,13 @@ class Rounding(NamedTuple):
     exclude: Sequence[str] = ()
 
     def excludes(self, name: str) -> bool:
-        """Whether a linear layer stays as it is: by its whole name, its last words, or a pattern."""
-        return any(name == each or name.endswith(f".{each}") or fnmatch.fnmatch(name, each) for each in self.exclude)
+        """Whether a linear layer stays as it is."""
+        return any(excluded(name, each) for each in self.exclude)
+
+
+def excluded(name: str, pattern: str) -> bool:
+    """Whether the name of a linear layer is `pattern`, ends with its words, or fits it."""
+    return name == pattern or name.endswith(f".{pattern}") or fnmatch.fnmatch(name, pattern)
 
 
 class Stream:
@@ -122,6 +127,10 @@ class Stream:
     def mask(self, rows: slice) -> Tensor:
         """Which tokens are real."""
         return self.calibration.mask[rows].to(self.device)
+
+    def weighed(self, rows: slice) -> Tensor:
+        """Which tokens may have weight."""
+        return self.calibration.weighed()[rows].to(self.device)
 
     def read(self, rows: slice) -> Tensor:
         """Hidden states of some sequences, on the device."""
@@ -191,13 +200,15 @@ def layer_importance(
     """Importance of every token for one decoder layer as it is, before it is quantised; mean 1 in each sequence."""
     parts = []
     for rows in stream.batches():
-        hidden, mask = stream.read(rows), stream.mask(rows)
+        hidden, mask = stream.read(rows), stream.weighed(rows)
         given = None if stream.calibration.given is None else stream.calibration.given[rows]
         received = outputs = None
         if given is None and importance.needs_attention:
             allowed = stream.allowed(rows, number)
             normed = layer.input_layernorm(hidden)
-            received = attention_received(layer.self_attn, normed, stream.position_embeddings, allowed, mask)
+            received = attention_received(
+                layer.self_attn, normed, stream.position_embeddings, allowed, stream.mask(rows)
+            )
         if given is None and importance.needs_outputs:
             outputs = stream.call(layer, rows, number)
         r = importance(hidden, mask, outputs=outputs, received=received, counts=stream.counts[rows], given=given)
@@ -263,7 +274,7 @@ def input_hessian(layer: Any, linear: nn.Module, number: int, stream: Stream, r:
             total = torch.zeros(X.shape[1], X.shape[1], dtype=X.dtype, device=X.device)
         total.addmm_(X.T, X)
     assert total is not None  # there is at least one sequence
-    return total.mul_(2 / float(stream.calibration.mask.sum()))
+    return total.mul_(2 / float(stream.calibration.weighed().sum()))
 
 
 def _cpu(scales: Scales) -> Scales:

@@ -11,7 +11,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,6 +110,30 @@ def _head(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(stream.read(length)), 8 + length
 
 
+@contextmanager
+def built_beside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when all is in it; if that fails, it goes.
+
+    Raises
+    ------
+    InputError
+        `out` exists, or its folder does not.
+    """
+    if out.exists():
+        raise InputError(f"out: {out} exists")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"out: folder {out.absolute().parent} does not exist")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def save_packed(result: QuantResult, path: str | os.PathLike, *, source: str | os.PathLike | None = None) -> None:
     """Write a quantised model as codes: as small as it is on disk, and only `load_packed` reads it.
 
@@ -117,29 +142,26 @@ def save_packed(result: QuantResult, path: str | os.PathLike, *, source: str | o
     result : QuantResult
         From `RSQQuantizer.quantize`.
     path : path-like
-        A folder that is not there yet.
+        A folder that is not there yet. It appears when it is complete.
     source : path-like, optional
         Directory of the model before, from which the tokenizer and the like are copied.
 
     Raises
     ------
     InputError
-        `path` exists.
+        `path` exists, or its folder does not.
     """
-    out = Path(path)
-    if out.exists():
-        raise InputError(f"path: {path} exists")
-    out.mkdir()
-    if source is not None:
-        copy_rest(check_directory(source), out)
     model: Any = result.model
     config = copy.deepcopy(model.config)
     config.architectures, config.dtype = [type(model).__name__], model.lm_head.weight.dtype
-    config.save_pretrained(out)
-    write_codes(out / CODES, result.matrices, result.grid, result.group_size, result.online)
     packed = {f"{name}.weight" for name in result.matrices}
     rest = {name: value.detach().cpu().contiguous() for name, value in model.named_parameters() if name not in packed}
-    save_file(rest, out / REST, {"format": "pt"})
+    with built_beside(Path(path)) as out:
+        if source is not None:
+            copy_rest(check_directory(source), out)
+        config.save_pretrained(out)
+        write_codes(out / CODES, result.matrices, result.grid, result.group_size, result.online)
+        save_file(rest, out / REST, {"format": "pt"})
 
 
 def load_packed(path: str | os.PathLike) -> nn.Module:
@@ -155,7 +177,7 @@ def load_packed(path: str | os.PathLike) -> nn.Module:
     InputError
         `path` is no directory.
     DataError
-        It is unsafe, or holds no packed model, or one that its configuration does not fit.
+        It is unsafe, or holds no packed model, or a damaged one, or one that its configuration does not fit.
     """
     root = check_directory(path)
     if not ((root / CODES).is_file() and (root / REST).is_file()):
@@ -184,8 +206,10 @@ def _described(codes: Any, root: Path) -> dict[str, Any]:
         kept = json.loads((codes.metadata() or {})["salience"])
         if kept["format"] != _FORMAT:
             raise ValueError
+        Grid(kept["bits"], kept["sym"], False, kept["grid"])
+        int(kept["group_size"]), kept["online"]
         return kept
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError):  # InputError is a ValueError
         raise DataError(f"{root / CODES}: is not a file of codes of this version") from None
 
 
@@ -194,22 +218,41 @@ def _fill(model: Any, codes: Any, rest: Any, kept: Mapping[str, Any]) -> list[st
     """Put all weights in place; gives the names of those that are not there."""
     grid = Grid(kept["bits"], kept["sym"], False, kept["grid"])
     coded, plain = set(codes.keys()), set(rest.keys())
+    strange = coded | plain
     missing = []
     for name, parameter in model.named_parameters():
         matrix = name.removesuffix(".weight")
+        strange -= {name, *(f"{matrix}.{part}" for part in ("codes", "scale", "zero"))}
         if name in plain:
             value = rest.get_tensor(name)
-        elif f"{matrix}.codes" in coded:
-            scale = codes.get_tensor(f"{matrix}.scale")
-            middle = torch.full_like(scale, 2 ** (grid.bits - 1))
-            zero = codes.get_tensor(f"{matrix}.zero") if f"{matrix}.zero" in coded else middle
-            columns = parameter.shape[1]
-            unpacked = unpack_bits(codes.get_tensor(f"{matrix}.codes"), grid.bits, columns)
+            _check_shape(name, value, tuple(parameter.shape))
+        elif f"{matrix}.codes" in coded and parameter.ndim == 2:
+            rows, columns = parameter.shape
+            size = columns if kept["group_size"] == -1 else kept["group_size"]
+            shapes = {"codes": (rows, -(-columns * grid.bits // 8)), "scale": (rows, columns // size)}
+            if not grid.sym and grid.kind == "uniform":
+                shapes["zero"] = shapes["scale"]
+            parts = {}
+            for part, shape in shapes.items():
+                if f"{matrix}.{part}" not in coded:
+                    raise DataError(f"{matrix}.{part}: is not there, its codes are")
+                parts[part] = codes.get_tensor(f"{matrix}.{part}")
+                _check_shape(f"{matrix}.{part}", parts[part], shape)
+            if parts["codes"].dtype != torch.uint8:
+                raise DataError(f"{matrix}.codes: stored as {parts['codes'].dtype}; bytes are wanted")
+            scale = parts["scale"]
+            zero = parts.get("zero", torch.full_like(scale, 2 ** (grid.bits - 1)))
+            unpacked = unpack_bits(parts["codes"], grid.bits, columns)
             value = grid.decode(unpacked, *spread(Scales(scale, zero), columns))
         else:
             missing.append(name)
             continue
-        if value.shape != parameter.shape:
-            raise DataError(f"{name}: stored as {tuple(value.shape)}, the configuration has {tuple(parameter.shape)}")
         parameter.copy_(value.to(parameter.dtype))
+    if strange:
+        raise DataError(f"{min(strange)}: is stored, the configuration has no such weight")
     return missing
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise DataError(f"{name}: stored as {tuple(value.shape)}, the configuration needs {shape}")

@@ -12,12 +12,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from salience.errors import InputError
+from salience.errors import InputError, nearest
 from salience.model.at import training_mode
 from salience.weights.rsq.calibration import Calibration, calibration_of, check_length
 from salience.weights.rsq.grids import Grid
 from salience.weights.rsq.importance import TokenImportance
-from salience.weights.rsq.layers import QuantizedMatrix, Rounding, Stream, nearest_layer, quantize_layer
+from salience.weights.rsq.layers import (
+    GROUPS,
+    QuantizedMatrix,
+    Rounding,
+    Stream,
+    excluded,
+    nearest_layer,
+    quantize_layer,
+)
 from salience.weights.rsq.rotating import Mode, Rotation, check_supported, decoder_layers, rotate_ends
 
 Told = Callable[[str], None]
@@ -151,6 +159,7 @@ class RSQQuantizer:
         """
         check_supported(model)
         self.check()
+        self.check_exclude(model.config)
         calibration = None if self.rounding == "nearest" else self.calibration(batches, model.config)
         turned: Any = copy.deepcopy(model)
         rotation = self.rotation(model.config)
@@ -181,6 +190,17 @@ class RSQQuantizer:
                 raise InputError(f"{name}: got {getattr(self, name)!r}; a whole number of at least 1 is wanted")
         if not 0 < self.percdamp < float("inf"):
             raise InputError(f"percdamp: got {self.percdamp}; a positive number is wanted")
+
+    def check_exclude(self, config: Any) -> None:
+        """Refuse a pattern that fits no linear layer of the model, and patterns that leave none."""
+        parts = [part for group in GROUPS for part in group]
+        names = [f"model.layers.{number}.{part}" for number in range(config.num_hidden_layers) for part in parts]
+        for each in self.exclude:
+            if not any(excluded(name, each) for name in names):
+                near = nearest(each, names if each.startswith("model.") else [part.split(".")[1] for part in parts])
+                raise InputError(f"exclude: no linear layer of the decoder fits {each!r}; {near}")
+        if all(any(excluded(name, each) for each in self.exclude) for name in names):
+            raise InputError("exclude: leaves nothing to quantise")
 
     def values(self) -> Grid:
         """The grid."""

@@ -188,8 +188,9 @@ def gptq_solve(
     error = float(found.errors.square().sum(dtype=torch.float64))
     if not (error <= near_error * (1 + _SLACK) + 1e-12) or not torch.isfinite(weight).all():
         raise DataError(
-            f"{name}: quantised with an error of {error:.6g}, rounding to nearest has {near_error:.6g}; give more "
-            "calibration text, more bits or a larger percdamp"
+            f"{name}: quantised with an error of {error:.6g}, rounding to nearest has {near_error:.6g}. GPTQ is greedy "
+            "and may lose on a single matrix: leave it as it is (exclude), damp more (percdamp), or choose other bits "
+            "or calibration text"
         )
     return Solution(codes.to(torch.uint8), weight, found.scales, error, near_error, dampings)
 
