@@ -261,6 +261,23 @@ def test_refine_trains_on_all_so_far_and_asks_before_each_further_round() -> Non
     assert seen == [10, 20, 30] and done.model == 3 and len(done.chosen) == 30 and len(done.weights) == 3
 
 
+def test_refine_ends_where_the_pool_runs_out() -> None:
+    selector = IterativeSelector(blobs(), 240)  # 80 rows a round, of 100
+    with pytest.warns(UserWarning, match="ends after 2 of 3 rounds: every row of the pool"):
+        done = refine(selector, lambda model, rows: len(rows), lambda model, rows: np.zeros(len(rows)))
+    assert [len(batch) for batch in done.batches] == [80, 20] and done.model == 100
+    np.testing.assert_array_equal(done.chosen, np.arange(100))
+    with pytest.raises(NothingToDo):
+        refine(selector, lambda model, rows: None, lambda model, rows: np.zeros(len(rows)))
+
+
+def test_labels_do_not_depend_on_the_rows_held_at_once(monkeypatch) -> None:
+    centres = np.random.default_rng(1).normal(size=(40, 3))
+    whole = clustering._assign(BLOBS, centres)
+    monkeypatch.setattr(clustering, "_PRODUCTS", 7)
+    np.testing.assert_array_equal(clustering._assign(BLOBS, centres), whole)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -19,6 +19,7 @@ from salience.errors import DataError, InputError
 _LLOYD_ROWS = 20_000  # up to so many rows all of them are clustered until nothing moves
 _PER_CENTRE = 64  # above, centres are fitted on so many rows each, as faiss does (there 256)
 _CHUNK = 8192
+_PRODUCTS = 2**25  # of rows and centres held at once
 
 
 def choose_k(
@@ -89,11 +90,12 @@ def _assign(rows: Float[np.ndarray, "n d"], centres: Float[np.ndarray, "k d"]) -
     centres, origin = (centres - origin).astype(rows.dtype), origin.astype(rows.dtype)
     half = (centres**2).sum(axis=1) / 2
     labels = np.empty(len(rows), np.int64)
+    step = max(1, min(_CHUNK, _PRODUCTS // len(centres)))
     with threadpool_limits(1):
-        for start in range(0, len(rows), _CHUNK):
-            near = (rows[start : start + _CHUNK] - origin) @ centres.T
+        for start in range(0, len(rows), step):
+            near = (rows[start : start + step] - origin) @ centres.T
             near -= half
-            labels[start : start + _CHUNK] = near.argmax(axis=1)
+            labels[start : start + step] = near.argmax(axis=1)
     return labels
 
 

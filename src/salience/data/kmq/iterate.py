@@ -186,10 +186,22 @@ def refine(
     Returns
     -------
     Refinement
+        Of fewer rounds, with a warning, where the pool runs out.
+
+    Raises
+    ------
+    NothingToDo
+        There is no round left to begin with.
     """
     model, batches = None, []
     for number in range(selector.rounds):
-        batches.append(selector.next_batch(quality))
+        try:
+            batches.append(selector.next_batch(quality))
+        except NothingToDo as error:
+            if not batches:
+                raise
+            warnings.warn(f"refinement ends after {number} of {selector.rounds} rounds: {error}", stacklevel=2)
+            break
         model = train(model, selector.issued)
         if number < selector.rounds - 1:  # feedback after the last round would choose nothing
             selector.feedback(selector.issued, gap(model, selector.issued))

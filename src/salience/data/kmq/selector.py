@@ -47,7 +47,8 @@ class KMQSelector(BaseEstimator):
     Attributes
     ----------
     labels_ : (n,) int
-        Cluster of every row. Above 20,000 rows the centres are fitted in mini-batches on 64 rows a centre.
+        Cluster of every row. Above 20,000 rows the centres are fitted in mini-batches on 64 rows a
+        centre, or 20,000 if that is more.
     cluster_centers_ : (k, d) float
     silhouettes_ : dict of int to float
         Silhouette of every candidate k; empty where k was given.
