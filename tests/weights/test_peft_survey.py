@@ -115,12 +115,19 @@ def test_a_type_that_an_older_peft_lacks_is_left_out_with_a_reason(monkeypatch):
 # every method, end to end
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+def _params(names: list[str], quick: tuple[str, ...]) -> list:
+    """One or two of every family on every run, the others with the slow tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name", _params(LANGUAGE, ("fish", "diff_pruning", "ia3", "houlsby", "prompt_tuning", "lora", "mam"))
+)
 def test_a_language_method_does_all_that_its_card_says(name, tmp_path):
     round_trip(name, "llama", tmp_path)
 
 
-@pytest.mark.parametrize("name", VISION)
+@pytest.mark.parametrize("name", _params(VISION, ("bitfit", "vpt_deep", "unipelt")))
 def test_a_vision_method_does_all_that_its_card_says(name, tmp_path):
     round_trip(name, "vit", tmp_path)
 
@@ -168,7 +175,7 @@ def round_trip(name, family, tmp_path):
             merge_adapter(model)
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3", "houlsby", "unipelt", "vera"])
+@pytest.mark.parametrize("name", _params(["lora", "ia3", "houlsby", "unipelt", "vera"], ("ia3", "houlsby")))
 def test_the_same_generator_gives_the_same_start_and_the_global_one_is_left_alone(name):
     state = torch.get_rng_state()
     one, two, three = (attach(build("llama"), name, generator=generator(seed)) for seed in (1, 1, 2))
@@ -179,6 +186,7 @@ def test_the_same_generator_gives_the_same_start_and_the_global_one_is_left_alon
     torch.set_rng_state(state)
 
 
+@pytest.mark.slow
 def test_members_of_peft_are_pefts_own():
     layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     configs = {
@@ -556,6 +564,7 @@ def test_prompts_mind_positions_and_padding():
     model(input_ids=inputs["input_ids"], attention_mask=left)  # generation pads on the left
 
 
+@pytest.mark.slow
 def test_the_head_trains_for_all_or_for_none(tmp_path):
     for name in ("lora", "houlsby", "bitfit", "fish", "vpt_deep", "ln_tuning"):
         with_head = attach(build("vit"), name, head=["classifier"], generator=generator(), **options(name, "vit"))
@@ -588,7 +597,7 @@ def test_a_member_of_peft_that_fails_midway_leaves_the_model_as_it_was():
     assert trainable(attach(model, "lora"))
 
 
-@pytest.mark.parametrize("name", ["bitfit", "fish", "ln_tuning"])
+@pytest.mark.parametrize("name", ["bitfit", "fish", pytest.param("ln_tuning", marks=pytest.mark.slow)])
 def test_running_statistics_stay_those_of_the_base(name, tmp_path):
     base, images = build("resnet"), example("resnet")
     means = {n: b.clone() for n, b in base.named_buffers()}
@@ -709,6 +718,7 @@ def test_advice_follows_measured_rows():
     assert recommend_peft(BenchTable(rows[1:], higher_is_better=True), mergeable=True).method == "ln_tuning"
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_column():
     from torch.nn.functional import cross_entropy
 
