@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from salience.evidence import Bar, Control, Outcome, Run
+from salience.evidence import Bar, Control, NoControl, Outcome, Run
 from salience.model.fitting import fit
 from salience.report import figures as draw
 from salience.reproductions.worlds import digits, zoo
@@ -38,19 +38,14 @@ if TYPE_CHECKING:
 VOCABULARY, WINDOW, BATCH = 128, 64, 8
 WIDTH, INNER, LAYERS = 128, 256, 3
 LINEAR = (4 * [(WIDTH, WIDTH)] + 2 * [(WIDTH, INNER)] + [(INNER, WIDTH)]) * LAYERS  # (in, out) of all linear layers
-FREQUENT = list(range(32, 127))  # bytes whose embeddings train in trainable_tokens
 # Method: its learning rate and its options. What trains few parameters gets a larger rate than LoRA.
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "ln_tuning": (1e-2, {}),
-    "trainable_tokens": (1e-2, {"token_indices": FREQUENT}),
-    "shira": (5e-3, {"r": 4}),
     "fish": (3e-3, {"keep": 0.05}),
     "ia3": (3e-2, {}),
     "llama_adapter": (3e-2, {}),
     "houlsby": (5e-3, {"r": 16}),
-    "parallel_adapter": (5e-3, {"r": 16}),
     "prompt_tuning": (3e-2, {}),
-    "p_tuning": (1e-2, {}),
     "prefix_tuning": (3e-2, {}),
     "lora": (5e-3, {"r": 4}),
     "dora": (5e-3, {"r": 4}),
@@ -61,7 +56,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "mam": (5e-3, {"r": 16, "m": 10}),
 }
 VISION: dict[str, tuple[float, dict[str, Any]]] = {
-    "bitfit": (1e-2, {}), "lora": (5e-3, {"r": 4}), "vpt_deep": (1e-2, {}), "houlsby": (5e-3, {"r": 8}),
+    "bitfit": (1e-2, {}), "lora": (5e-3, {"r": 4}), "vpt_deep": (1e-2, {}),
 }  # fmt: skip
 FULL_RATE = 1e-3
 CLOSING = ("lora", "dora", "loha")
@@ -110,11 +105,11 @@ def build_vit(seed: int) -> nn.Module:
 
 
 def pretrain_vit(model: nn.Module, seed: int) -> None:
-    """20 epochs on upright digits."""
+    """10 epochs on upright digits."""
     split = digits.split(seed)
     fit(
         model, torch.from_numpy(split.train_x), torch.from_numpy(split.train_y), loss=class_loss,
-        optimizer=torch.optim.AdamW(model.parameters(), 2e-3), epochs=20, generator=torch.Generator().manual_seed(seed),
+        optimizer=torch.optim.AdamW(model.parameters(), 2e-3), epochs=10, generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
 
@@ -192,7 +187,9 @@ def reproduce(run: Run) -> Outcome:
     )  # fmt: skip
 
 
-def controls(run: Run, world: Language, before: float, best: float, trials: dict[str, Trial]) -> list[Control]:
+def controls(
+    run: Run, world: Language, before: float, best: float, trials: dict[str, Trial]
+) -> list[Control | NoControl]:
     """What must miss: random corrections, LoRA that starts at random, and the usual mistakes in merging and saving."""
     lora = copy.deepcopy(trials["lora"].model)
     generator = run.generator("control")
@@ -203,25 +200,23 @@ def controls(run: Run, world: Language, before: float, best: float, trials: dict
     chance = mean_loss(lora, world.held_out, next_byte)
     few = tuned(world, "lora", METHODS["lora"][0], run.seed, r=1, target=["q_proj"])
     unscaled = merge_error(world, trials["lora"].model, scaled=False)
-    gates = gates_of(world, trials["unipelt"])
     return [
         Control("LoRA with random corrections", "random", {
             "smallest drop from own start": before - chance,
-            "largest shift of a zero-effect start": abs(chance - before),
             **{f"gap closed {name}": (before - chance) / (before - best) for name in CLOSING},
         }),
-        Control("the gates of one sample for all", "fake", {
-            "spread of UniPELT's gates over samples": min(float(v[:1].expand_as(v).std(0).mean())
-                                                          for v in gates.values()),
+        Control("LoRA that starts with a random B", "random", {
+            "largest shift of a zero-effect start": abs(chance - before),
         }),
         Control("rank 1 on queries alone, called LoRA", "fake", {
             "gap closed lora": (before - few.end) / (before - best),
-            "methods whose count differs from its formula": float(trainable(few.model) != formula("lora")),
         }),
         Control("merging without alpha / r", "fake", {"largest merge error": unscaled}),
         Control("only B is stored, and A drawn anew", "fake", {
             "largest change by saving and loading": half_stored(world, trials["lora"].model),
         }),
+        NoControl("Gates that are not the sample's own have a spread of 0 by identity, and a method of another size "
+                  "misses its formula by construction: for these two figures no control is possible that could pass."),
     ]  # fmt: skip
 
 
@@ -292,13 +287,12 @@ def formula(name: str) -> int | None:
     lora_and_gates = 2 * 8 * 2 * WIDTH + 3 * (WIDTH + 1)
     return {
         "ln_tuning": (2 * LAYERS + 1) * WIDTH,
-        "trainable_tokens": len(FREQUENT) * WIDTH,
-        "shira": low_rank, "lora": low_rank, "dora": low_rank + outs, "loha": 2 * low_rank,
+        "lora": low_rank, "dora": low_rank + outs, "loha": 2 * low_rank,
         "oft": sum(i // 8 * 28 for i, _ in LINEAR),  # 8 (8 - 1) / 2 entries of a skew-symmetric block
         "vera": 32 * len(LINEAR) + outs,
         "ia3": LAYERS * (2 * WIDTH + INNER),
         "llama_adapter": (LAYERS - 1) * (10 * WIDTH + 1),
-        "houlsby": LAYERS * 2 * adapter(16), "parallel_adapter": LAYERS * adapter(16),
+        "houlsby": LAYERS * 2 * adapter(16),
         "prompt_tuning": 10 * WIDTH, "prefix_tuning": 2 * LAYERS * 10 * WIDTH,
         "unipelt": LAYERS * (lora_and_gates + 2 * 10 * WIDTH + adapter(8)),
         "mam": LAYERS * (2 * 10 * WIDTH + adapter(16)),

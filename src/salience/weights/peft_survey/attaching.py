@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from salience.errors import InputError, NothingToDo, nearest
 from salience.weights.peft_survey.adapters import add_adapters
-from salience.weights.peft_survey.blocks import is_quantised, linear_layers, without_storage
+from salience.weights.peft_survey.blocks import (
+    hold_statistics,
+    is_quantised,
+    linear_layers,
+    unchanged_on_failure,
+    without_storage,
+)
 from salience.weights.peft_survey.budget import largest_size
 from salience.weights.peft_survey.cards import MethodCard, card_of
 from salience.weights.peft_survey.hybrid import add_mam, add_unipelt
@@ -68,7 +74,8 @@ def attach(
     Supported: `peft`'s members on what peft supports; adapters on any model with blocks of attention and feed-forward
     layers (`find_blocks`: Llama, Mistral, Qwen, GPT-2, BERT, T5, ViT, the transformers of `diffusers`); UniPELT and MAM
     on models of `transformers` with the attention interface; visual prompts on its vision transformers; BitFit, masks
-    and last layers on any network that has what they train.
+    and last layers on any network that has what they train. UniPELT does not take encoder-decoders. Running statistics
+    of BatchNorm stay the base's: its layers run in evaluation mode, in training too.
 
     Parameters
     ----------
@@ -126,13 +133,14 @@ def attach(
         total = sum(parameter.numel() for parameter in model.parameters())
         limit = int(budget * total) if 0 < budget < 1 else int(budget)
         given = largest_size(model, card, given, limit, build, set(heads))
-    with _drawing(generator):
+    with _drawing(generator), unchanged_on_failure(model):
         if own:  # what cannot be built fails on a copy without storage, and the model itself is left alone
             with torch.random.fork_rng(devices=[]):
                 build(without_storage(model), {**given, "dry": True})
         tuned = build(model, given)
-    if not any(parameter.requires_grad for parameter in tuned.parameters()):
-        raise NothingToDo(f"method: {method} leaves nothing to train")
+        if not any(parameter.requires_grad for parameter in tuned.parameters()):
+            raise NothingToDo(f"method: {method} leaves nothing to train")
+    hold_statistics(tuned)
     return tuned
 
 
@@ -204,7 +212,7 @@ def _masked(model: nn.Module, o: dict[str, Any]) -> list[str]:
     known = {"batches", "keep", "log_likelihood", "samples"}
     if o.get("batches") is None:
         raise InputError("batches: this method chooses weights by data; give batches=[(inputs, targets), ...]")
-    names = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    names = [name for name, _ in model.named_parameters()]
     for option in known & set(o):
         del o[option]
     return names

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -133,6 +134,50 @@ def without_storage(model: nn.Module) -> Any:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
+    """Undo what happened to a model's modules, hooks and flags if the body fails; entries of weights are not copied."""
+    modules = [(module, {key: (value, copy.copy(value) if isinstance(value, dict) else None)
+                         for key, value in vars(module).items()}) for module in model.modules()]  # fmt: skip
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in modules:
+            vars(module).clear()
+            for key, (value, inside) in attributes.items():
+                if inside is not None:  # the same dictionary, since handles of hooks refer to it
+                    value.clear()
+                    value.update(inside)
+                vars(module)[key] = value
+        for parameter, data, flag in parameters:
+            parameter.data = data
+            parameter.requires_grad_(flag)
+        raise
+
+
+def hold_statistics(model: nn.Module) -> None:
+    """Let normalisation with running statistics use the base's, and never move them, in training mode too.
+
+    They belong to the frozen base: a file of what was trained would not hold them.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "running_mean", None), torch.Tensor):
+            module.register_forward_pre_hook(_in_evaluation)
+
+
+def release_statistics(model: nn.Module) -> None:
+    """Undo `hold_statistics`."""
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _in_evaluation]:
+            del hooks[key]
+
+
+def _in_evaluation(module: nn.Module, args: tuple[Any, ...]) -> None:
+    module.training = False
 
 
 def is_quantised(model: nn.Module) -> bool:

@@ -131,10 +131,11 @@ _CARDS = [
     _selective("trainable_tokens", "specific", ("language",), "peft:TRAINABLE_TOKENS", "chosen rows of the embedding",
                "peft; as PASTA's special tokens, Yang et al., EACL 2023", learning_rates=(1e-2, 3e-2, 1e-1)),
     # selective, automatic
-    _selective("fish", "automatic", _ANY, "own", "the weights with the largest Fisher information",
+    _selective("fish", "automatic", _ANY, "own", "the entries of all parameters with the most Fisher information",
                "Sung et al., NeurIPS 2021", size="keep", defaults={"keep": 0.005}),
-    _selective("child_tuning_d", "automatic", _ANY, "own", "the weights with the largest Fisher information",
-               "Xu et al., EMNLP 2021", size="keep", defaults={"keep": 0.3}, learning_rates=(3e-4, 1e-3, 3e-3)),
+    _selective("child_tuning_d", "automatic", _ANY, "own",
+               "the entries of all parameters with the most Fisher information", "Xu et al., EMNLP 2021",
+               size="keep", defaults={"keep": 0.3}, learning_rates=(3e-4, 1e-3, 3e-3)),
     _selective("child_tuning_f", "automatic", _ANY, "own", "a new random share of all weights at every step",
                "Xu et al., EMNLP 2021", defaults={"p": 0.3}, learning_rates=(3e-4, 1e-3, 3e-3)),
     _selective("diff_pruning", "automatic", _ANY, "own", "a sparse difference to the linear weights of the blocks",
@@ -188,7 +189,7 @@ _CARDS = [
               defaults={"boft_block_size": 4}),
     # hybrid
     MethodCard("unipelt", "hybrid", "gated", _LV, "own", "adapter, prefix and LoRA in every block, each behind a gate",
-               True, "adapter, longer attention and gates", "Mao et al., ACL 2022", False,
+               True, "adapter, longer attention and gates; no encoder-decoders", "Mao et al., ACL 2022", False,
                "its gates depend on the sample", False, "r", defaults={"r": 8, "m": 10}),
     MethodCard("mam", "hybrid", "unified view", _LV, "own", "prefix in attention, parallel adapter beside the "
                "feed-forward layer", True, "adapter and longer attention", "He et al., ICLR 2022", False,

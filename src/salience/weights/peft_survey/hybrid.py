@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -114,8 +115,14 @@ def add_unipelt(model: nn.Module, *, r: int = 8, m: int = 10) -> None:
     Raises
     ------
     InputError
-        The model's attention cannot be exchanged, or its parts cannot be told apart.
+        The model is an encoder-decoder (its cross-attention reads two inputs, and only half of it is causal), its
+        attention cannot be exchanged, or its parts cannot be told apart.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"model: {type(model).__name__} is an encoder-decoder, which unipelt does not take: gates are causal for "
+            "the whole model or not at all, and know no cross-attention; lora and houlsby take it"
+        )
     use_prefixes(model)
     causal, mask = _is_causal(model), Remembered()
     object.__setattr__(model, MASK, mask)
@@ -177,7 +184,11 @@ def _is_causal(model: nn.Module) -> bool:
 
 
 def _remember_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    mask = kwargs.get("attention_mask")
+    try:
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    except TypeError:  # the call itself will say what is wrong with it
+        given = {}
+    mask = {**given, **given.get("kwargs", {})}.get("attention_mask")
     getattr(model, MASK).value = mask if isinstance(mask, Tensor) else None
 
 

@@ -16,6 +16,7 @@ from salience.weights.peft_survey.blocks import find_blocks, linear_layers
 from salience.weights.peft_survey.cards import MethodCard
 from salience.weights.peft_survey.selective import FreezeSelector
 
+METHOD = "salience_method"  # attribute with the method's name
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
@@ -52,14 +53,19 @@ def build_peft(model: nn.Module, card: MethodCard, options: Mapping[str, Any], h
         if isinstance(error, InputError):
             raise
         raise InputError(f"method: peft cannot put {card.name} on {type(model).__name__}: {error}") from error
+    mark(tuned, card)
+    return tuned
+
+
+def mark(tuned: Any, card: MethodCard) -> None:
+    """What peft does not know of a method: its name, LoRA-FA's frozen A, and what inputs a prompt can take."""
     if card.name == "lora_fa":
         for name, parameter in tuned.named_parameters():
             if ".lora_A." in name:
                 parameter.requires_grad_(False)
-    object.__setattr__(tuned, "salience_method", card.name)
-    if kind in PROMPTS and kind != "PREFIX_TUNING":
+    object.__setattr__(tuned, METHOD, card.name)
+    if card.via in ("peft:PROMPT_TUNING", "peft:P_TUNING"):
         tuned.register_forward_pre_hook(_check_prompted, with_kwargs=True)
-    return tuned
 
 
 def _settings(

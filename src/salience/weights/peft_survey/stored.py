@@ -15,11 +15,16 @@ from torch.nn.utils import parametrize
 from salience.errors import DataError, InputError
 from salience.io import Output
 from salience.weights.peft_survey.attaching import TunedModel, attach
+from salience.weights.peft_survey.blocks import hold_statistics, release_statistics, unchanged_on_failure
 from salience.weights.peft_survey.cards import REGISTRY, MethodCard, card_of
+from salience.weights.peft_survey.peft_types import METHOD, mark
 from salience.weights.peft_survey.selective import GradientMask, SparseDiff
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_KEY, _PLACES = "salience_method", "salience:places:"
+NAME = "salience_method.json"  # beside peft's own files, which do not tell LoRA from LoRA-FA
+_KEY, _PLACES = METHOD, "salience:places:"
+# Fields of peft's configuration by which a file could name code to import, options of a download or a pickle to read.
+_REFUSED = ("megatron_config", "tokenizer_kwargs", "corda_config", "prompt_tuning_init_state_dict_path")
 
 
 def method_of(tuned: nn.Module) -> MethodCard:
@@ -32,7 +37,7 @@ def method_of(tuned: nn.Module) -> MethodCard:
     """
     if isinstance(tuned, TunedModel):
         return tuned.card
-    name = getattr(tuned, "salience_method", None)
+    name = getattr(tuned, METHOD, None)
     if name is not None:
         return REGISTRY[name]
     config = getattr(tuned, "active_peft_config", None)
@@ -64,6 +69,7 @@ def merge_adapter(tuned: nn.Module) -> nn.Module:
     card = method_of(tuned)
     if not card.mergeable:
         raise InputError(f"tuned: {card.name} cannot be merged: {card.why_not}")
+    release_statistics(tuned)
     if not isinstance(tuned, TunedModel):
         adapted: Any = tuned
         return adapted.merge_and_unload().eval()
@@ -76,7 +82,8 @@ def merge_adapter(tuned: nn.Module) -> nn.Module:
 def save_adapter(tuned: nn.Module, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
     """Write what was trained, and nothing of the base, to a directory; gives the bytes of its weights.
 
-    Members of `peft` are written as peft writes them, so that `PeftModel.from_pretrained` reads them. Of masked
+    Members of `peft` are written as peft writes them, so that `PeftModel.from_pretrained` reads them, with the name of
+    the method in a file of its own beside. Running statistics are the base's, and are not stored. Of masked
     methods only the entries that may train are stored, with their places; of diff pruning only those that changed.
 
     Parameters
@@ -102,6 +109,7 @@ def save_adapter(tuned: nn.Module, path: str | os.PathLike[str], *, overwrite: b
             adapted: Any = tuned
             adapted.save_pretrained(str(output.folder))
             (output.folder / "README.md").unlink(missing_ok=True)  # an empty form
+            output.file(NAME).write_text(json.dumps({_KEY: card.name}), encoding="utf-8")
         size = output.file(WEIGHTS).stat().st_size
         output.commit({"command": "save_adapter", "method": card.name})
     return size
@@ -128,17 +136,14 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     InputError
         `path` holds no adapter.
     DataError
-        Its weights do not fit the base.
+        Its weights do not fit the base, or its configuration names code, downloads or other files to load.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(f"path: {folder} holds no {CONFIG} with {WEIGHTS}; give a directory that save_adapter wrote")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{folder / CONFIG}: not readable as JSON: {error}") from error
+    config = _read(folder / CONFIG)
     if _KEY not in config:
-        return _load_peft(base, folder)
+        return _load_peft(base, folder, config)
     card, options = card_of(config[_KEY]), config["options"]
     try:
         state = load_file(folder / WEIGHTS)
@@ -147,6 +152,7 @@ def load_adapter(base: nn.Module, path: str | os.PathLike[str]) -> Any:
     if card.name in ("fish", "child_tuning_d", "diff_pruning"):
         tuned = TunedModel(base, card, options, config["head"])
         _put_entries(tuned, state, str(folder))
+        hold_statistics(tuned)
     else:
         tuned = attach(base, card.name, head=config["head"], **options)
         _put_tensors(tuned, state, str(folder))
@@ -223,16 +229,47 @@ def _same_shape(where: str, name: str, shape: torch.Size, parameter: Tensor) -> 
         raise DataError(f"{where}: {name!r} is {tuple(shape)} there and {tuple(parameter.shape)} in this base")
 
 
-def _load_peft(base: nn.Module, folder: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: holds a {type(found).__name__}; an object of fields is needed")
+    return found
+
+
+def _load_peft(base: nn.Module, folder: Path, config: dict[str, Any]) -> Any:
     import peft
 
+    for key in _REFUSED:
+        if config.get(key) is not None:
+            raise DataError(f"{folder / CONFIG}: {key} is set, which could load code or files of others; make it null")
+    kind = type(base)
+    # peft itself notes the base's class there; any other is a module to import
+    if config.get("auto_mapping") not in (
+        None, {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    ):  # fmt: skip
+        raise DataError(f"{folder / CONFIG}: auto_mapping names another class than the base's {kind.__name__}, which "
+                        "could load code of others; make it null")  # fmt: skip
+    card = None
+    if (folder / NAME).is_file():
+        name = _read(folder / NAME).get(_KEY)
+        card = card_of(name) if isinstance(name, str) else None
+        if card is None or card.via != f"peft:{config.get('peft_type')}":
+            raise DataError(f"{folder / NAME}: {name!r} is no method of peft's {config.get('peft_type')}")
     try:
-        prompt = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
-        # peft does not let a loaded prompt train on
-        model: Any = base
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=not prompt).eval()
+        with unchanged_on_failure(base):
+            prompt = peft.PeftConfig.from_pretrained(str(folder)).is_prompt_learning
+            # peft does not let a loaded prompt train on
+            model: Any = base
+            tuned = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=not prompt).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: peft cannot put it on {type(base).__name__}: {error}") from error
+    if card is not None:
+        mark(tuned, card)
+    hold_statistics(tuned)
+    return tuned
 
 
 def _diffs(model: nn.Module) -> list[tuple[str, Any, SparseDiff]]:
