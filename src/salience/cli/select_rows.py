@@ -142,7 +142,7 @@ def _save(found: RowSelection, data: Path, out: Path, report: Path | None, overw
     from salience.cli._select_rows_page import write_page
     from salience.io import Output
 
-    aside = nullcontext() if report is None else TemporaryDirectory(".partial", f".{report.name}.", report.parent)
+    aside: Any = nullcontext() if report is None else TemporaryDirectory(".partial", f".{report.name}.", report.parent)
     with Output(out, overwrite, [data]) as output, aside as folder:
         _write(found, output.file())
         found.scores.save(output.file(".scores.parquet"))

@@ -185,6 +185,8 @@ def _mean(grades: Float[np.ndarray, " b"]) -> float | None:
 def _grades(batch: Batch, name: str) -> tuple[Float[np.ndarray, " documents"], set[str]]:
     """A field of numbers of every document, NaN where it is missing; and the names of all fields."""
     where = batch.source.path or batch.source.name
+    names: set[str]
+    values: list[Any]
     if batch.table is not None:
         if name not in batch.table.column_names:
             raise DataError(f"{where} has no column {name!r} ({nearest(name, batch.table.column_names)})")
