@@ -241,3 +241,55 @@ def test_adult_income_is_not_below_random() -> None:
 def test_few_held_out_rows_measure_nothing() -> None:
     found = select_rows(people(12), count=3, ignore=["code"])
     assert found.proof is None and "nothing was measured: 3 held-out rows are too few" in found.notes
+
+
+def test_no_input_and_no_earlier_file_is_replaced(table: Path, tmp_path: Path, capsys) -> None:
+    scores, vectors = tmp_path / "s.parquet", tmp_path / "v.csv"
+    Scores(np.arange(400.0), [f"people.csv:{i}" for i in range(400)], "sample").save(scores)
+    np.save(tmp_path / "v.npy", np.ones((400, 2)))
+    (tmp_path / "v.npy").rename(vectors)
+    side, page = tmp_path / "o.csv.scores.parquet", tmp_path / "o.html"
+    side.write_bytes(scores.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    base = ("select", "rows", table, "-n", 9)
+    for extra, words in (
+        (("--scores", scores, "-o", scores, "--overwrite"), "output .* is the input"),
+        (("--scores", side, "-o", tmp_path / "o.csv", "--overwrite"), "scores file .* is the input"),
+        (("--embeddings", vectors, "-o", vectors, "--overwrite"), "output .* is the input"),
+        (("-o", table, "--overwrite"), "output .* is the input"),
+        (("-o", tmp_path / "o.csv"), "scores file .* exists; pass --overwrite"),
+    ):
+        code, _, err = run(capsys, *base, *extra)
+        assert code == 2 and re.search(words, " ".join(err.split())), err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    code, _, err = run(capsys, *base, "-o", tmp_path / "o.csv", "--overwrite", "--report", page)
+    assert code == 0 and page.exists() and side.read_bytes() != before[side], err
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_report_of_its_own_name_stays_when_the_run_fails(tmp_path: Path, capsys) -> None:
+    frame = people()
+    frame["raw"] = [b"\xff%d" % i for i in range(400)]
+    frame.to_parquet(tmp_path / "p.parquet")
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    command = ("select", "rows", tmp_path / "p.parquet", "--ignore", "raw", "-n", 9, "--report", page, "--overwrite")
+    code, _, err = run(capsys, *command, "-o", tmp_path / "o.csv")
+    assert code == 2 and "column 'raw' holds binary, which cannot be written as .csv" in " ".join(err.split()), err
+    assert page.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["p.parquet", "page.html"]
+    assert run(capsys, *command, "-o", tmp_path / "o.parquet")[0] == 0 and page.read_text() != "old"
+
+
+def test_missing_quality_is_told(recwarn) -> None:
+    frame = people()
+    frame.loc[:, "grade"] = frame["grade"].astype(float)
+    frame.loc[::2, "grade"] = np.nan
+    found = select_rows(frame, count=30, quality="grade", ignore=["code"])
+    assert [note for note in found.notes if "rows is missing; they count as the mean" in note] and not len(recwarn)
+
+
+def test_the_page_says_that_held_out_rows_were_too_few(tmp_path: Path, capsys) -> None:
+    people(12).to_csv(tmp_path / "p.csv", index=False)
+    assert run(capsys, "select", "rows", tmp_path / "p.csv", "-n", 3, "-o", tmp_path / "o.csv")[0] == 0
+    page = (tmp_path / "o.csv.report.html").read_text()
+    assert "3 held-out rows are too few" in page and "nothing was held out" not in page

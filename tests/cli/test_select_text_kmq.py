@@ -104,6 +104,60 @@ def test_other_methods_need_a_target_and_take_no_quality(pool: Path, tmp_path: P
     assert "belong to --method kmq alone" in run(capsys, *base, "--target", pool, "--quality", "grade")[2]
 
 
+def test_no_input_and_no_earlier_file_is_replaced(pool: Path, tmp_path: Path, capsys) -> None:
+    vectors, side = tmp_path / "v.jsonl", tmp_path / "o.jsonl.scores.parquet"
+    np.save(tmp_path / "v.npy", np.ones((200, 2)))
+    (tmp_path / "v.npy").rename(vectors)
+    side.write_text("mine")
+    base = ("select", "text", pool, "--method", "kmq", "-n", 9)
+    for extra, words in (
+        (("--embeddings", vectors, "-o", vectors, "--overwrite"), "output .* is the input"),
+        (("-o", pool, "--overwrite"), "output .* is the input"),
+        (("-o", tmp_path / "o.jsonl"), "scores file .* exists; pass --overwrite"),
+    ):
+        code, _, err = run(capsys, *base, *extra)
+        assert code == 2 and re.search(words, " ".join(err.split())), err
+    assert side.read_text() == "mine" and not (tmp_path / "o.jsonl").exists()
+
+
+def graded(tmp_path: Path, grades: list[object], suffix: str) -> Path:
+    """A corpus with these grades; None is a missing field."""
+    path = tmp_path / f"g{suffix}"
+    rows = [{"text": f"document {i} of words"} | ({} if g is None else {"grade": g}) for i, g in enumerate(grades)]
+    if suffix == ".csv":
+        pd.DataFrame(rows, columns=["text", "grade"]).to_csv(path, index=False)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_missing_quality(tmp_path: Path, capsys, suffix: str) -> None:
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(60, 3)))
+    base = ("--method", "kmq", "-n", 3, "--hold-out", 0, "--quality", "grade", "--embeddings", tmp_path / "v.npy",
+            "--clusters", 3, "--overwrite", "-o", tmp_path / f"o{suffix}")  # fmt: skip
+    file = graded(tmp_path, [-50] + [None] * 59, suffix)
+    found = json.loads(run(capsys, "select", "text", file, *base, "--json")[1])
+    assert found["mean_quality"] == [-50, None] or found["mean_quality"] == [-50, -50]
+    assert found["notes"] == ["quality of 59 rows is missing; they count as the mean"]
+    code, _, err = run(capsys, "select", "text", file, *base)
+    assert code == 0 and "note: quality of 59 rows is missing" in err
+    assert "quality of 59 rows is missing" in (tmp_path / f"o{suffix}.report.html").read_text()
+    code, _, err = run(capsys, "select", "text", graded(tmp_path, [None] * 60, suffix), *base)
+    assert code == 3 and re.search("is missing in every document|no document has a field 'grade'", err), err
+    file = graded(tmp_path, [None, 3, " good ", 4] + [1] * 56, suffix)
+    code, _, err = run(capsys, "select", "text", file, *base)
+    assert code == 3 and "holds ' good '; numbers are needed" in " ".join(err.split()), err
+
+
+def test_the_page_says_that_held_out_documents_were_too_few(tmp_path: Path, capsys) -> None:
+    file = graded(tmp_path, [1, 2, 3] * 4, ".jsonl")
+    out = tmp_path / "o.jsonl"
+    code, _, err = run(capsys, "select", "text", file, "--method", "kmq", "-n", 3, "-o", out)
+    assert code == 0 and "2 held-out documents are too few" in err, err
+    assert "2 held-out documents are too few" in Path(f"{out}.report.html").read_text()
+
+
 @pytest.mark.realdata
 def test_alpaca(tmp_path: Path, capsys) -> None:
     file = Path(os.environ.get("SALIENCE_DATA", "")) / "alpaca-demo" / "alpaca_en_demo.json"

@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 _CLASSES, _SHOWN = 20, 10
 
 
+def not_measured(notes: list[str]) -> str:
+    """Why there is no proof."""
+    return next((note for note in notes if note.startswith("nothing was measured")), "nothing was held out")
+
+
 def write_page(found: RowSelection, name: str, path: Path) -> None:
     """Write the page: proof first, then scores, classes, some of the chosen rows."""
     from salience import report
@@ -19,7 +24,7 @@ def write_page(found: RowSelection, name: str, path: Path) -> None:
     proof = found.proof
     blocks: list[Any] = []
     if proof is None:
-        blocks.append(report.verdict("not measured", "nothing was held out", None))
+        blocks.append(report.verdict("not measured", not_measured(found.notes), None))
     else:
         label = {True: "better than random", False: "worse than random", None: "no better than random"}
         blocks.append(report.verdict(label[proof.comparisons[0].better], proof.verdict, proof.comparisons[0].better))

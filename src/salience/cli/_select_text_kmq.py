@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from salience.cli._names import check_written
 from salience.cli._say import say
 from salience.errors import InputError
 
@@ -34,9 +35,13 @@ def select_by_clusters(
     page = report or Path(f"{out.rsplit('/', 1)[-1] if is_url(out) else out}.report.html")
     if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
-    if page.exists() and not overwrite:
-        raise InputError(f"report {page} exists; pass --overwrite to replace it")
     pool = Corpus(raw, text_column)
+    written = (
+        {"report": page} if is_url(out) else {"output": out, "scores file": f"{out}.scores.parquet", "report": page}
+    )
+    read = [source.path for source in pool.sources if source.path]
+    given = options.get("embeddings")
+    check_written(written, [*read, given] if given else read, overwrite)
     if dry_run:
         size = sum(source.size for source in pool.sources)
         plan = {"raw_files": len(pool.sources), "raw_bytes": size, "units": len(pool.units), "passes": 2}
@@ -64,7 +69,11 @@ def _print(found: ClusterSelection, page: Path, as_json: bool) -> None:
                 f"{item.difference:+.3f}, {item.low:+.3f} to {item.high:+.3f})")  # fmt: skip
     say(f"clusters hit: {found.clusters_hit:,} of {found.clusters:,}")
     if found.mean_quality is not None:
-        say("mean quality: {1:.3f} of the choice, {0:.3f} of all that could be chosen".format(*found.mean_quality))
+        pool, chosen = found.mean_quality
+        shown = "not known" if chosen is None else f"{chosen:.3f}"
+        say(f"mean quality: {shown} of the choice, {pool:.3f} of all that could be chosen")
+    for note in found.notes:
+        say(f"note: {note}", err=True)
     say(f"\n{found.equation}")
     if found.quarantined:
         say(f"unreadable records: {found.out}.quarantine.jsonl")
@@ -73,10 +82,11 @@ def _print(found: ClusterSelection, page: Path, as_json: bool) -> None:
 
 def _write_page(found: ClusterSelection, path: Path) -> None:
     from salience import report
+    from salience.cli._select_rows_page import not_measured
     from salience.report import figures
 
     proof = found.proof
-    blocks: list[Any] = [report.verdict("not measured", "nothing was held out", None)]
+    blocks: list[Any] = [report.verdict("not measured", not_measured(found.notes), None)]
     if proof is not None:
         better = proof.comparisons[0].better
         label = {True: "better than random", False: "worse than random", None: "no better than random"}[better]
@@ -89,7 +99,7 @@ def _write_page(found: ClusterSelection, path: Path) -> None:
     if found.mean_quality is not None:
         pool, chosen = found.mean_quality
         blocks += [report.heading("Quality"),
-                   report.table(("", "mean quality"), [("all that could be chosen", pool), ("selected", chosen)])]  # fmt: skip
+                   report.table(("", "mean quality"), [("all that could be chosen", pool), ("selected", "not known" if chosen is None else chosen)])]  # fmt: skip
     if proof is not None:
         blocks += [
             report.heading("Does it cover documents that could not be chosen?"),
@@ -108,4 +118,6 @@ def _write_page(found: ClusterSelection, path: Path) -> None:
                  for i in proof.comparisons],
             ),
         ]  # fmt: skip
+    if found.notes:
+        blocks += [report.heading("Notes"), *(report.text(note) for note in found.notes)]
     report.page(f"Documents chosen: {Path(found.out).name}", blocks, path=path, subtitle=found.equation)

@@ -57,7 +57,6 @@ def rows(
     it, beside random rows and k-means medoids of equal number; without --label, how well it covers held-out rows. Scores
     of all rows are written beside the output.
     """
-    from salience.io import Output
     from salience.scores import Scores
 
     names = (method or "kmq").split(",")
@@ -72,7 +71,7 @@ def rows(
                 f"{', '.join(wrong)} belongs to --method kmq alone: leave it out, or --method and --scores"
             )
     page = report or Path(f"{out}.report.html")
-    _check_names(data, out, page, overwrite)
+    _check_names([data, *(scores or []), *([embeddings] if embeddings else [])], out, page, overwrite)
     if dry_run:
         _plan(data, as_json)
         return
@@ -81,13 +80,7 @@ def rows(
         ignore=ignore or [], embeddings=embeddings, scores=[Scores.load(path) for path in scores or []], draw=draw,
         model=_model(names[0], clusters, allocation, temperature, count, seed), hold_out=hold_out, random_state=seed,
     )  # fmt: skip
-    with Output(out, overwrite, [data]) as output:
-        _write(found, output.file())
-        found.scores.save(output.file(".scores.parquet"))
-        from salience.cli._select_rows_page import write_page
-
-        write_page(found, data.name, output.file(".report.html") if report is None else page)
-        output.commit({"command": "select rows", "data": str(data), "settings": found.settings, **found.as_dict()})
+    _save(found, data, out, report, overwrite)
     _print(found, out, page, as_json)
 
 
@@ -108,17 +101,15 @@ def _model(method: str, clusters: str | None, allocation: str, temperature: floa
     return KMQSelector(n_clusters=k, allocation=allocation, temperature=temperature, random_state=seed)
 
 
-def _check_names(data: Path, out: Path, page: Path, overwrite: bool) -> None:
+def _check_names(inputs: list[str | Path], out: Path, page: Path, overwrite: bool) -> None:
+    from salience.cli._names import check_written
+
     if out.suffix not in (".csv", ".parquet"):
         raise InputError(f"--out must end in .csv or .parquet, not {out.name}")
-    if out.exists() and not overwrite:
-        raise InputError(f"output {out} exists; pass --overwrite to replace it")
-    if out.resolve() == data.resolve():
-        raise InputError(f"output {out} is the input")
     if page.suffix != ".html" or not page.parent.is_dir() or page.is_dir():
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
-    if page.exists() and not overwrite:
-        raise InputError(f"report {page} exists; pass --overwrite to replace it")
+    written = {"output": out, "scores file": f"{out}.scores.parquet", "report": page}
+    check_written(written, inputs, overwrite)
 
 
 def _plan(data: Path, as_json: bool) -> None:
@@ -142,24 +133,55 @@ def _run(data: Path, **options: Any) -> RowSelection:
         return select_rows(data, **options, progress=status.update)
 
 
+def _save(found: RowSelection, data: Path, out: Path, report: Path | None, overwrite: bool) -> None:
+    """All files; a report of another name than OUT's gets it when the others have theirs."""
+    import os
+    from contextlib import nullcontext
+    from tempfile import TemporaryDirectory
+
+    from salience.cli._select_rows_page import write_page
+    from salience.io import Output
+
+    aside: Any = nullcontext() if report is None else TemporaryDirectory(".partial", f".{report.name}.", report.parent)
+    with Output(out, overwrite, [data]) as output, aside as folder:
+        _write(found, output.file())
+        found.scores.save(output.file(".scores.parquet"))
+        fresh = output.file(".report.html") if folder is None else Path(folder) / "report.html"
+        write_page(found, data.name, fresh)
+        output.commit({"command": "select rows", "data": str(data), "settings": found.settings, **found.as_dict()})
+        if report is not None:
+            os.replace(fresh, report)
+
+
 def _write(found: RowSelection, path: Path) -> None:
     """The chosen rows as they stood in the file."""
     import csv
 
     import pyarrow.parquet
-    import pyarrow.types
 
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(found.table(), path, write_page_checksum=True)
     else:
         table = found.table()
-        nested = next((f.name for f in table.schema if pyarrow.types.is_nested(f.type)), None)
-        if nested is not None:
-            raise InputError(f"column {nested!r} cannot be written as .csv; choose an --out that ends in .parquet")
+        wrong = next((f for f in table.schema if not _fits_csv(f.type)), None)
+        if wrong is not None:
+            raise InputError(
+                f"column {wrong.name!r} holds {wrong.type}, which cannot be written as .csv; choose an --out that "
+                "ends in .parquet"
+            )
         with open(path, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(table.column_names)
             writer.writerows(zip(*(column.to_pylist() for column in table.columns)))
+
+
+def _fits_csv(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _fits_csv(kind.value_type)
+    binary = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return not (types.is_nested(kind) or any(check(kind) for check in binary))
 
 
 def _print(found: RowSelection, out: Path, page: Path, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,7 @@ class RowSelection:
     held_out, without_label : int
         Rows that could not be chosen.
     proof : RowProof or None
-        None where nothing was held out.
+        None where nothing was held out, or too little to measure on.
     settings : dict
         Parameters, as the manifest tells them.
     notes : list of str
@@ -157,12 +158,18 @@ def select_rows(
         chosen = task.by_scores(values, draw)
         described: dict[str, Any] = {"of": combined.provenance, "draw": draw}
     else:
-        chosen, values, described = task.by_method(method, model)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            chosen, values, described = task.by_method(method, model)
+        notes += dict.fromkeys(str(one.message) for one in told)
     proof = None
     if 0 < len(held) < FEWEST:
         notes.append(f"nothing was measured: {len(held)} held-out rows are too few")
     elif len(held):
-        others = task.baselines(name, compare, tell)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            others = task.baselines(name, compare, tell)
+        notes += [note for note in dict.fromkeys(str(one.message) for one in told) if note not in notes]
         tell("measuring on held-out rows")
         proof = prove_rows(
             name, task.rows, chosen, others, rows[held], labels=None if labels is None else labels[pool],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,10 @@ _LSA, _TERMS, _DRAWS, _CLUSTERS = 50, 100_000, 5, 512
 
 @dataclass(frozen=True)
 class ClusterSelection:
-    """What `select_text_clusters` chose; `mean_quality` is of all that could be chosen, and of the choice."""
+    """What `select_text_clusters` chose.
+
+    `mean_quality` is of all that could be chosen, and of the choice (None where no chosen document has one).
+    """
 
     out: str
     read: int
@@ -43,7 +47,7 @@ class ClusterSelection:
     quarantined: int
     clusters: int
     clusters_hit: int
-    mean_quality: tuple[float, float] | None
+    mean_quality: tuple[float, float | None] | None
     proof: RowProof | None
     notes: list[str] = field(default_factory=list)
 
@@ -109,15 +113,23 @@ def select_text_clusters(
         if wanted > len(pool):
             raise InputError(f"{wanted:,} documents are more than the {len(pool):,} that can be chosen"
                              + (f" ({len(held):,} are held out to measure on)" if len(held) else ""))  # fmt: skip
+        good = None if grades is None else grades[pool]
+        if good is not None and np.isnan(good).all():
+            raise DataError(f"quality {quality!r} is missing in every document that can be chosen; leave it out")
         tell("embedding")
         x = _embedded(texts, embeddings, pool)
         tell("clustering")
         k = clusters if clusters is not None else max(1, min(_CLUSTERS, wanted // 4))
-        model = KMQSelector(n_clusters=k, random_state=random_state).fit(x[pool])
-        good = None if grades is None else grades[pool]
-        chosen = model.select(wanted, good)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = KMQSelector(n_clusters=k, random_state=random_state).fit(x[pool])
+            chosen = model.select(wanted, good)
+            weights = model.log_weights(good)
+        notes = list(dict.fromkeys(str(one.message) for one in told))
         proof = None
-        if len(held) >= FEWEST:
+        if 0 < len(held) < FEWEST:
+            notes.append(f"nothing was measured: {len(held)} held-out documents are too few")
+        elif len(held):
             tell("measuring")
             draws = [np.random.default_rng([random_state, d]).permutation(len(pool))[:wanted] for d in range(_DRAWS)]
             others = {"random": draws, "k-means medoids": [kmeans_medoids(x[pool], wanted, random_state=random_state)]}
@@ -128,13 +140,13 @@ def select_text_clusters(
                     "embeddings": "lsa" if embeddings is None else str(embeddings), "hold_out": hold_out,
                     "random_state": random_state}  # fmt: skip
         names = [f"{raw.units[units[at]].source.name}:{rows[at]}" for at in pool]
-        Scores(model.log_weights(good), names, "sample", settings).save(output.file(".scores.parquet"))
+        Scores(weights, names, "sample", settings).save(output.file(".scores.parquet"))
         if tally.bad:
             write_quarantine(output.file(".quarantine.jsonl"), tally.bad)
         found = ClusterSelection(
             os.fspath(out), tally.read, len(chosen), len(pool) - len(chosen), len(held), tally.blank, len(tally.bad),
             len(np.unique(model.labels_)), len(np.unique(model.labels_[chosen])),
-            None if good is None else (float(np.nanmean(good)), float(np.nanmean(good[chosen]))), proof,
+            None if good is None else (float(np.nanmean(good)), _mean(good[chosen])), proof, notes,
         )  # fmt: skip
         output.commit({"command": "select text", "settings": settings, **found.as_dict()})
     return found
@@ -145,6 +157,7 @@ def _read(
 ) -> tuple[list[str], Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"] | None, Tally]:
     texts: list[str] = []
     units, rows, grades = [], [], []
+    names: set[str] = set()
     tally = Tally()
     for unit in raw.units:
         for batch in read(raw, unit, whole=True):
@@ -153,35 +166,53 @@ def _read(
             units.append(np.full(len(batch), unit.number))
             rows.append(batch.rows)
             if quality is not None and len(batch):
-                grades.append(_grades(batch, quality))
+                values, found = _grades(batch, quality)
+                grades.append(values)
+                names |= found
     tally.check(max_bad, "raw corpus")
     if not texts:
         raise NothingToDo("there is no document")
+    if quality is not None and quality not in names:
+        raise DataError(f"no document has a field {quality!r} ({nearest(quality, names)})")
     return texts, np.concatenate(units), np.concatenate(rows), np.concatenate(grades) if grades else None, tally
 
 
-def _grades(batch: Batch, name: str) -> Float[np.ndarray, " documents"]:
-    """A field of numbers of every document, NaN where it is missing."""
+def _mean(grades: Float[np.ndarray, " b"]) -> float | None:
+    """Of what is known; None where nothing is, as NaN is no JSON."""
+    return None if np.isnan(grades).all() else float(np.nanmean(grades))
+
+
+def _grades(batch: Batch, name: str) -> tuple[Float[np.ndarray, " documents"], set[str]]:
+    """A field of numbers of every document, NaN where it is missing; and the names of all fields."""
     where = batch.source.path or batch.source.name
+    names: set[str]
+    values: list[Any]
     if batch.table is not None:
         if name not in batch.table.column_names:
             raise DataError(f"{where} has no column {name!r} ({nearest(name, batch.table.column_names)})")
-        values: list[Any] = batch.table[name].to_pylist()
+        names, values = set(batch.table.column_names), batch.table[name].to_pylist()
         if batch.source.format == "csv":
-            numbers = as_numbers(pa.chunked_array([pa.array([v or None for v in values], pa.large_string())]))
-            values = [values[0]] if numbers is None else numbers.tolist()
+            values = _parsed(values)
     elif batch.lines is not None and batch.source.format == "jsonl":
         block, starts, stops = batch.lines
         records = [json.loads(block[start:stop]) for start, stop in zip(starts.tolist(), stops.tolist())]
-        if not any(name in record for record in records):
-            raise DataError(f"{where} has no field {name!r} ({nearest(name, records[0])})")
-        values = [record.get(name) for record in records]
+        names, values = set().union(*records), [record.get(name) for record in records]
     else:
         raise InputError(f"{where} holds nothing but text: it has no quality {name!r}")
     for value in values:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise DataError(f"{where}: quality {name!r} holds {value!r}; numbers are needed")
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64), names
+
+
+def _parsed(values: list[str | None]) -> list[Any]:
+    """Numbers of a CSV column, None where it is blank; a text that is no number stays one."""
+    texts = [value if value is not None and value.strip() else None for value in values]
+    numbers = as_numbers(pa.array(texts, pa.large_string()))
+    if numbers is not None:
+        return numbers.tolist()
+    return [text if text is not None and as_numbers(pa.array([text], pa.large_string())) is None else None
+            for text in texts]  # fmt: skip
 
 
 def _embedded(
