@@ -72,7 +72,7 @@ def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path
     assert not chosen.to_pandas().duplicated().any()
     assert Scores.load(out / "scores.parquet").unit == "task"
     page = (out / "report.html").read_text()
-    assert "equal shares" in page and "c2.csv" in page and "unexplained" in page
+    assert "equal shares" in page and "c2.csv" in page and "left over by the penalty" in page
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["parameters"]["rank"] == 2 and len(manifest["inputs"]) == 9
 
@@ -175,7 +175,7 @@ def test_incomplete_rows_and_idle_columns_are_counted() -> None:
     holes["word"] = ["x"] * 60
     holes["still"] = [1.0] * 60
     found = select_tasks([holes, frame(50) | {"still": [1.0] * 50}], frame(20) | {"still": [1.0] * 20}, "y", 60, rank=1)
-    assert found.counts == {"rows": 110, "used": 108, "incomplete": 2}
+    assert found.counts == {"rows": 110, "used": 108, "incomplete": 2, "unreadable": 0, "in the target": 0}
     assert any("word" in note for note in found.notes) and any("constant" in note for note in found.notes)
     assert found.taken.sum() == 60 == found.chosen.num_rows
 
