@@ -155,8 +155,8 @@ def select_tasks(
     fewest = len(tables.target) - -(-len(tables.target) // _FOLDS)  # rows that a fold trains on
     if len(tables.target) >= 2 * _FOLDS and fewest <= plan["rank"] + 1:
         tables.notes.append(
-            f"not measured: rank {plan['rank']} needs {plan['rank'] + 2} rows of the target or more, and {fewest} are left "
-            "when a fifth of them is held out; a lower rank can be measured"
+            f"not measured: rank {plan['rank']} needs {plan['rank'] + 2} rows of the target or more, and {fewest} are "
+            "left when a fifth of them is held out; a lower rank can be measured"
         )
     elif len(tables.target) >= 2 * _FOLDS:
         errors = _cross_validated(tables, strategy, options, draws, random_state, say)
