@@ -72,7 +72,7 @@ def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path
     assert not chosen.to_pandas().duplicated().any()
     assert Scores.load(out / "scores.parquet").unit == "task"
     page = (out / "report.html").read_text()
-    assert "equal shares" in page and "c2.csv" in page and "unexplained" in page
+    assert "equal shares" in page and "c2.csv" in page and "left over by the penalty" in page
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["parameters"]["rank"] == 2 and len(manifest["inputs"]) == 9
 
@@ -175,7 +175,7 @@ def test_incomplete_rows_and_idle_columns_are_counted() -> None:
     holes["word"] = ["x"] * 60
     holes["still"] = [1.0] * 60
     found = select_tasks([holes, frame(50) | {"still": [1.0] * 50}], frame(20) | {"still": [1.0] * 20}, "y", 60, rank=1)
-    assert found.counts == {"rows": 110, "used": 108, "incomplete": 2}
+    assert found.counts == {"rows": 110, "used": 108, "incomplete": 2, "unreadable": 0, "in the target": 0}
     assert any("word" in note for note in found.notes) and any("constant" in note for note in found.notes)
     assert found.taken.sum() == 60 == found.chosen.num_rows
 
@@ -183,3 +183,68 @@ def test_incomplete_rows_and_idle_columns_are_counted() -> None:
 def test_a_target_too_small_to_hold_rows_out_is_not_measured() -> None:
     found = select_tasks([frame(60), frame(61)], frame(6), "y", 60, rank=1)
     assert found.verdict.startswith("not measured") and not found.errors and found.taken.sum() == 60
+
+
+def test_a_rank_that_a_fold_cannot_fit_is_not_measured() -> None:
+    found = select_tasks([frame(60), frame(61)], frame(10) | {}, "y", 60, rank=2)
+    assert found.errors  # 8 rows a fold
+    wide = [frame(rows, **{f"x{n}": np.random.default_rng([rows, n]).normal(size=rows).tolist() for n in range(6)})
+            for rows in (60, 61, 10)]  # fmt: skip
+    found = select_tasks(wide[:2], wide[2], "y", 60, rank=7)
+    assert not found.errors and any("not measured: rank 7 needs 9 rows" in note for note in found.notes)
+
+
+def csv(path: Path, rows: int, **columns: list) -> Path:
+    pd.DataFrame(frame(rows, **columns)).to_csv(path, index=False)
+    return path
+
+
+def test_chosen_rows_are_as_they_stand_in_the_file(tmp_path: Path) -> None:
+    one = csv(tmp_path / "one.csv", 40, code=["00017"] * 40)
+    target = csv(tmp_path / "target.csv", 20)
+    assert set(select_tasks([one], target, "y", 12, rank=1).chosen["code"].to_pylist()) == {"00017"}
+    both = csv(tmp_path / "both.csv", 60, task=["00017"] * 30 + ["00018"] * 30, code=[f"{n:05d}" for n in range(60)])
+    found = select_tasks([both], target, "y", 30, task="task", rank=1)
+    assert found.names == ["00017", "00018"]
+    assert {(row["task"], int(row["code"]) < 30) for row in found.chosen.to_pylist()} == {
+        ("00017", True),
+        ("00018", False),
+    }
+    assert all(len(code) == 5 for code in found.chosen["code"].to_pylist())
+
+
+def test_a_target_among_the_sources_is_refused_and_its_rows_are_left_out(tmp_path: Path) -> None:
+    one, target = csv(tmp_path / "one.csv", 40), csv(tmp_path / "target.csv", 20)
+    with pytest.raises(InputError, match="is one of the sources"):
+        select_tasks([one, tmp_path / "." / "target.csv"], target, "y", 12, rank=1)
+    ours, other = frame(20), frame(41)
+    found = select_tasks([frame(40), {name: ours[name][:7] + other[name] for name in ours}], ours, "y", 30, rank=1)
+    assert found.counts["in the target"] == 7 and found.available.tolist() == [40, 41]
+    assert found.equation == ("88 source rows read = 30 taken + 51 not taken + 0 incomplete + 0 unreadable + "
+                              "7 equal to a target row")  # fmt: skip
+
+
+def test_sources_that_do_not_fit_together_are_told_before_anything_is_chosen() -> None:
+    def never(message: str) -> None:
+        raise AssertionError(message)
+
+    with pytest.raises(DataError, match="column 'id' of the sources is int64 in one table and string"):
+        select_tasks([frame(40, id=[1] * 40), frame(41, id=["u"] * 41)], frame(20), "y", 30, rank=1, progress=never)
+    parts = [frame(40, id=[1] * 40, clinic=["u"] * 40), frame(41, id=["u"] * 41, clinic=["u"] * 41)]
+    with pytest.raises(DataError, match="column 'id' of task 'u'"):
+        select_tasks(parts, frame(20), "y", 30, task="clinic", rank=1, progress=never)
+
+
+def test_a_column_named_task_names_the_tasks_or_is_refused() -> None:
+    parts = [frame(40, task=["u"] * 40), frame(41, task=["v"] * 41)]
+    with pytest.raises(InputError, match="task 0 has a column 'task' already.*--task task"):
+        select_tasks(parts, frame(20), "y", 30, rank=1)
+    found = select_tasks(parts, frame(20), "y", 30, task="task", rank=1)
+    assert found.names == ["u", "v"] and set(found.chosen["task"].to_pylist()) == {"u", "v"}
+
+
+def test_unreadable_records_are_in_the_equation(tmp_path: Path) -> None:
+    one = csv(tmp_path / "one.csv", 300)
+    one.write_text(one.read_text() + "1,2,3,4,5\n")
+    found = select_tasks([one], frame(20), "y", 30, rank=1)
+    assert found.equation == "301 source rows read = 30 taken + 270 not taken + 0 incomplete + 1 unreadable"

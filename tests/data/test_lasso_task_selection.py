@@ -137,7 +137,8 @@ def test_shares_by_hand() -> None:
     assert allocate_samples([1, 1], 100, costs=[1, 4]).tolist() == [36, 16]  # 2 to 1: 33 + 4 * 16 = 97, and 3 are left
     assert allocate_samples([3, 2, 1], 100, top=2).tolist() == [60, 40, 0]
     assert allocate_samples([3, 1, 0], 120, opening=10).tolist() == [75, 25, 0]  # two are opened for 20
-    assert allocate_samples([1, 1, 0], 100, pools=[20, 30, 70]).tolist() == [20, 30, 50]
+    with pytest.warns(UserWarning, match="50 of the budget of 100 go to tasks of relevance 0"):
+        assert allocate_samples([1, 1, 0], 100, pools=[20, 30, 70]).tolist() == [20, 30, 50]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -345,6 +346,22 @@ def test_strategies_share_as_they_say() -> None:
     known = run(World(), nu=[1, 0, 0, -3, 0, 0])
     assert known.taken.tolist() == [130, 20, 20, 390, 20, 20] and len(known.rounds) == 1
     assert (run(World(), strategy="l2", top=1).taken > 20).sum() == 1
+
+
+def test_the_lasso_leaves_a_share_of_the_expected_error() -> None:
+    world = World(noise=0.5)
+    model = LinearMTRL(rank=2, fit_intercept=False).fit(world.sampler(np.full(6, 50)))
+    model.fit_target(*world.rows(world.W[:, 0], 25))
+    left = relevance_of(model).residual * np.linalg.norm(model.target_spread_ @ model.target_head_)
+    assert left == pytest.approx(0.3 * model.target_error_, rel=1e-6)
+
+
+def test_top_is_kept_where_its_pools_are_used_up() -> None:
+    with pytest.warns(UserWarning, match=r"more rows: 400 of the budget of 600 are not spent \(top=1\)"):
+        found = run(World(), pools=[100] * 6, top=1)
+    assert sorted(found.taken) == [20] * 5 + [100]
+    with pytest.warns(UserWarning, match="go to tasks of relevance 0"):
+        assert run(World(), pools=[100] * 6, budget=580).taken.sum() == 580
 
 
 def test_later_rounds_buy_more() -> None:

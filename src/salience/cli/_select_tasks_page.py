@@ -23,7 +23,7 @@ def write_page(found: TaskSelection, path: Path) -> None:
     blocks.append(report.facts({
         "tasks": len(rows), "tasks of any relevance": sum(row["relevance"] > 0 for row in rows),
         "rows taken": int(found.taken.sum()),
-        "target's head unexplained": None if found.residual != found.residual else f"{100 * found.residual:.0f} %",
+        "target's head left over": None if found.residual != found.residual else f"{100 * found.residual:.0f} %",
     }))  # fmt: skip
     if found.errors:
         names = list(found.errors)
@@ -62,8 +62,8 @@ def write_page(found: TaskSelection, path: Path) -> None:
         report.text(
             "Relevance: how much of the target's head each source's head makes up, as shares of 1, in a representation "
             "learned from a few rows of every source. L1 relevance uses as few sources as can be, L2 relevance all of "
-            "them.\nUnexplained: the part of the target's head that no combination of the sources gives. Where it is "
-            "large, the sources are not the right ones.\nHeld out: a fifth of the target's rows in turn took no part in "
+            "them.\nLeft over: the part of the target's head that is left over by the penalty, because the target's head "
+            "is only known so well; more rows of the target make it smaller.\nHeld out: a fifth of the target's rows in turn took no part in "
             "the choice or the training that it is predicted by."
         ),
         report.heading("How it was made"),

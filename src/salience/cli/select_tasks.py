@@ -89,10 +89,10 @@ def tasks(
 
 def read_prices(path: Path) -> dict[str, float]:
     """The price of a row of each task, from a table with the columns ``task`` and ``cost``."""
-    from salience.io.whole import numbers_of, whole_table, words_of
+    from salience.io.whole import numbers_of, read_records, words_of
 
-    table = whole_table(path)
-    names, values = words_of(table, "task", "column"), numbers_of(table, "cost", "column")
+    found = read_records(path)
+    names, values = words_of(found.raw, "task", "column"), numbers_of(found.table, "cost", "column")
     for row, (name, value) in enumerate(zip(names, values)):
         if name is None or not (math.isfinite(value) and value > 0):
             raise DataError(f"{path}, row {row}: task {name!r} has the cost {value:g}; a price above 0 is needed")
@@ -168,7 +168,8 @@ def _print(found: TaskSelection, out: Path, as_json: bool) -> None:
     for note in found.notes:
         say(f"note: {note}", err=True)
     if found.residual == found.residual:
-        say(f"the sources leave {100 * found.residual:.0f} % of the target's head unexplained")
+        say(f"{100 * found.residual:.0f} % of the target's head is left over by the penalty, because the head is only known "
+            "so well")  # fmt: skip
     say(found.equation)
     say(f"written: {out}\nreport:  {out}/report.html")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from salience.scores import Scores
 
 STRATEGIES = {"l1": 1.0, "l2": 2.0, "passive": 0.0}  # the power of the relevance by which samples go
 
-NOISE = 0.3  # share of the target head's expected error that the Lasso leaves unexplained
+NOISE = 0.3  # residual of the Lasso as a share of the target head's expected error
 
 
 class Trainer(Protocol):
@@ -52,7 +53,7 @@ class ActiveRun:
     nu : (T,) float
         Relevance that the last purchase went by, as shares of 1; equal shares for "passive".
     residual : float
-        What the sources leave unexplained of the target's head, as a share of its length; NaN without an estimate.
+        What the penalty leaves over of the target's head, as a share of its length; NaN without an estimate.
     rounds : list of dict
         For each purchase: ``taken`` so far, ``nu``, ``residual``, ``lam``.
     """
@@ -106,7 +107,8 @@ def active_mtrl(
     nu : (T,) float, optional
         The relevance, where it is known: there is then no estimate, and one purchase.
     costs, top, pools
-        See `allocate_samples`. Where the relevance is estimated, every source has the rows of phase 0 even with `top`.
+        See `allocate_samples`. Where the relevance is estimated, every source has the rows of phase 0 even with `top`,
+        and where the pools of the `top` tasks are used up, the rest of the budget is not spent and a warning says so.
 
     Returns
     -------
@@ -154,8 +156,19 @@ def active_mtrl(
             found = relevance_of(model, strategy, costs)
             goal = spent + (budget - spent) * (4**number - 1) / (4**rounds - 1)
             goal = np.floor(goal) if costs is None else goal
-            weights = found.nu if top is None else _largest(found.nu, top)
-            wanted = allocate_samples(weights, goal, floor=run.taken, power=power, costs=costs, pools=pools)
+            weights, limit = found.nu, pools
+            if top is not None:
+                weights = _largest(found.nu, top)
+                most = np.full(sources, np.iinfo(np.int64).max) if pools is None else counts("pools", pools, sources)
+                limit = np.where(weights > 0, np.maximum(most, run.taken), run.taken)  # others keep what they have
+                held = float(price @ limit)
+                if held < goal and number == rounds:
+                    warnings.warn(
+                        f"the {(weights > 0).sum()} tasks that are bought of have no more rows: {goal - held:g} of the "
+                        f"budget of {budget:g} are not spent (top={top})", stacklevel=2,
+                    )  # fmt: skip
+                goal = min(goal, held)
+            wanted = allocate_samples(weights, goal, floor=run.taken, power=power, costs=costs, pools=limit)
             _buy(run, sampler, wanted - run.taken, found)
     model.fit(run.tasks).fit_target(*target)
     return run
@@ -193,7 +206,7 @@ def relevance_of(model: Trainer, strategy: str = "l1", costs: ArrayLike | None =
         known = np.maximum(known, 1e-6 * np.linalg.norm(W, axis=0))
         unit = max(float(noise), 1e-6 * float(np.linalg.norm(w))) or 1.0
         columns, goal = model.target_spread_ @ W / np.where(known > 0, known, 1.0), model.target_spread_ @ w / unit
-        expected = None if strategy == "l2" else float(error) / unit
+        expected = None if strategy == "l2" else NOISE * float(error) / unit
         found.append(
             task_relevance(columns, goal, norm="l2" if strategy == "l2" else "l1", noise=expected, costs=costs)
         )
@@ -203,9 +216,10 @@ def relevance_of(model: Trainer, strategy: str = "l1", costs: ArrayLike | None =
 
 
 def _largest(nu: Float[np.ndarray, " T"], top: int) -> Float[np.ndarray, " T"]:
+    """The sizes of the `top` largest, 0 for the others; ones for the first `top` where all are 0."""
     kept = np.zeros_like(nu)
     first = np.argsort(-np.abs(nu), kind="stable")[:top]
-    kept[first] = nu[first]
+    kept[first] = np.abs(nu[first]) if nu.any() else 1.0
     return kept
 
 

@@ -25,8 +25,8 @@ def allocate_samples(
 
     which is why the best ``nu`` is the one of least L1 norm. Tasks below their floor get the floor, tasks above their
     pool the pool, and the others share the rest in the same proportion. Where the pools of all relevant tasks are used
-    up, the rest goes in equal parts to the others. If `nu` is 0 throughout, all are taken as equally relevant and a
-    warning says so.
+    up, the rest goes in equal parts to the others, and a warning says so. If `nu` is 0 throughout, all are taken as
+    equally relevant and a warning says so.
 
     Parameters
     ----------
@@ -99,6 +99,8 @@ def allocate_samples(
     shares = np.where(chosen, np.where(weights > 0, weights, 1.0 if power == 0 else 0.0) ** power, 0.0) / np.sqrt(price)
     amounts = _fill(shares, low, high, price, money)
     if price @ amounts < money * (1 - 1e-12):  # the relevant pools are used up
+        warnings.warn(f"the relevant tasks have no more rows: {money - price @ amounts:g} of the budget of {budget:g} "
+                      "go to tasks of relevance 0, in equal parts", stacklevel=2)  # fmt: skip
         shares = np.where(chosen & (shares == 0), 1.0, 0.0)
         amounts = _fill(shares, amounts, high, price, money)
     return _rounded(amounts, np.where(shares > 0, high, amounts), price, money)

@@ -15,7 +15,7 @@ from sklearn.model_selection import KFold
 
 from salience.data.lasso_task_selection.active import ActiveRun, active_mtrl
 from salience.data.lasso_task_selection.linear import LinearMTRL
-from salience.data.lasso_task_selection.tables import Pool, Tables, read_tasks
+from salience.data.lasso_task_selection.tables import Pool, Tables, read_tasks, together
 from salience.errors import InputError
 from salience.measure import Interval, PairedDifference, bootstrap_interval, difference_over_draws
 from salience.scores import Scores
@@ -38,9 +38,9 @@ class TaskSelection:
     nu : (T,) float
         Relevance as shares of 1.
     residual : float
-        Share of the target's head that the sources leave unexplained.
+        Share of the target's head that the penalty leaves over, because the head is only known so well.
     chosen : pa.Table
-        The rows, as they stand in the sources, with the task's name in the column ``task``.
+        The rows, as they stand in the sources (text for a CSV file), with the task's name in the column ``task``.
     errors : dict of str to list of (n,) arrays
         Held-out error of each target row by strategy; several random draws of "passive".
     measure : str
@@ -95,8 +95,10 @@ class TaskSelection:
     def equation(self) -> str:
         """What became of the source rows."""
         left = self.counts["used"] - int(self.taken.sum())
+        same = self.counts["in the target"]
         return (f"{self.counts['rows']:,} source rows read = {int(self.taken.sum()):,} taken + {left:,} not taken + "
-                f"{self.counts['incomplete']:,} incomplete")  # fmt: skip
+                f"{self.counts['incomplete']:,} incomplete + {self.counts['unreadable']:,} unreadable"
+                + (f" + {same:,} equal to a target row" if same else ""))  # fmt: skip
 
 
 def select_tasks(
@@ -109,7 +111,7 @@ def select_tasks(
 
     `active_mtrl` on tables, with rows drawn at random within a task and never twice. A label is looked at only when its
     row is taken. Measured by 5-fold cross-validation over the target's rows: in each fold the whole choice is made
-    anew without the held-out rows.
+    anew without the held-out rows. Not measured, with a note, where the rank leaves too few rows for that.
 
     Parameters
     ----------
@@ -150,14 +152,19 @@ def select_tasks(
         run, rows = _run(tables, tables.target, strategy, options, random_state)
     tables.notes += list(dict.fromkeys(str(one.message) for one in told))
     errors: dict[str, list[np.ndarray]] = {}
-    if len(tables.target) >= 2 * _FOLDS:
+    fewest = len(tables.target) - -(-len(tables.target) // _FOLDS)  # rows that a fold trains on
+    if len(tables.target) >= 2 * _FOLDS and fewest <= plan["rank"] + 1:
+        tables.notes.append(
+            f"not measured: rank {plan['rank']} needs {plan['rank'] + 2} rows of the target or more, and {fewest} are "
+            "left when a fifth of them is held out; a lower rank can be measured"
+        )
+    elif len(tables.target) >= 2 * _FOLDS:
         errors = _cross_validated(tables, strategy, options, draws, random_state, say)
     names = [pool.name for pool in tables.sources]
-    chosen = [
-        pool.table.take(pa.array(pool.rows[picked])).append_column("task", pa.array([name] * len(picked), pa.string()))
-        if "task" not in pool.table.column_names else pool.table.take(pa.array(pool.rows[picked]))
-        for name, pool, picked in zip(names, tables.sources, rows)
-    ]  # fmt: skip
+    chosen = [pool.raw.take(pa.array(pool.rows[taken])) for pool, taken in zip(tables.sources, rows)]
+    if task != "task":
+        chosen = [table.append_column("task", pa.array([name] * len(table), pa.string()))
+                  for name, table in zip(names, chosen)]  # fmt: skip
     settings = {
         "label": label, "budget": budget, "strategy": strategy, "rank": plan["rank"], "floor": plan["floor"],
         "rounds": rounds, "top": top, "costs": None if costs is None else dict(costs), "seed": random_state,
@@ -165,7 +172,7 @@ def select_tasks(
     }  # fmt: skip
     return TaskSelection(
         names, np.array([len(pool) for pool in tables.sources]), run.taken, run.nu, run.residual, strategy,
-        pa.concat_tables(chosen, promote_options="permissive"), errors,
+        together(chosen, "the sources"), errors,
         "share of wrong signs" if tables.classes else "squared error", tables.counts, settings, tables.notes,
     )  # fmt: skip
 
@@ -227,7 +234,7 @@ def _cross_validated(
     alone = np.empty(n)
     for number, (train, test) in enumerate(KFold(_FOLDS, shuffle=True, random_state=seed).split(target.inputs)):
         say(f"measuring: fold {number + 1} of {_FOLDS}")
-        part = Pool(target.name, target.inputs[train], target.labels[train], target.rows[train], target.table)
+        part = Pool(target.name, target.inputs[train], target.labels[train], target.rows[train], target.raw)
         for plan in plans:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of a fold without a relevant source

@@ -5,28 +5,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from salience.errors import DataError, InputError, NothingToDo, nearest
-from salience.io.whole import is_text, numbers_of, read_whole, words_of
+from salience.io.corpus import find_sources
+from salience.io.whole import Records, is_text, numbers_of, read_records, words_of
 
 
 @dataclass
 class Pool:
-    """The rows of one task that can be used: inputs (n, d), labels (n,), and where they stand in `table`."""
+    """The rows of one task that can be used: inputs (n, d), labels (n,), and where they stand in `raw`.
+
+    `raw` is the whole table with its values as they stand in the file, to write them again.
+    """
 
     name: str
     inputs: Float[np.ndarray, "n d"]
     labels: Float[np.ndarray, " n"]
     rows: Int[np.ndarray, " n"]
-    table: pa.Table
+    raw: pa.Table
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+class Part(NamedTuple):
+    """One task as it was read: columns of numbers as numbers, and the same rows as they stand in the file."""
+
+    name: str
+    table: pa.Table
+    raw: pa.Table
 
 
 @dataclass
@@ -42,7 +55,7 @@ class Tables:
     classes : tuple of str or None
         The two classes that were made -1 and 1; None for labels that are numbers.
     counts : dict of str to int
-        Rows read = used + incomplete, of the sources.
+        Rows read = used + incomplete + unreadable + equal to a row of the target, of the sources.
     notes : list of str
     """
 
@@ -60,7 +73,8 @@ def read_tasks(
     """Read source tasks and the target.
 
     Inputs are standardised by the mean and deviation of all source rows. Rows that lack the label or an input are left
-    out and counted.
+    out and counted, and so are source rows that are equal to a row of the target (in inputs, label and the words that
+    both tables have): held-out rows would be learned from otherwise.
 
     Parameters
     ----------
@@ -77,28 +91,41 @@ def read_tasks(
     Raises
     ------
     InputError
-        A column that is asked for does not exist, or there are more than two classes and `positive` is not given.
+        A column that is asked for does not exist, the target is one of the sources, a source has a column ``task`` that
+        does not name its tasks, or there are more than two classes and `positive` is not given.
     DataError
-        No column of numbers is shared by all tables, or labels are words here and numbers there.
+        No column of numbers is shared by all tables, labels are words here and numbers there, or a column holds words
+        in one source and numbers in another, so that chosen rows do not fit in one table.
     NothingToDo
         No source or no target row is complete.
     """
-    named, notes = _named(sources, task)
-    table, told = read_whole(target)
-    notes += told
-    both = [*named, ("the target", table)]
-    for name, one in both:
-        if label not in one.column_names:
-            raise InputError(f"label {label!r} is no column of {name} ({nearest(label, one.column_names)})")
+    _apart(sources, target)
+    named, read, bad, notes = _named(sources, task)
+    ours = read_records(target)
+    notes += ours.notes
+    for part in named:
+        if task != "task" and "task" in part.raw.column_names:
+            raise InputError(f"{part.name} has a column 'task' already, which is where chosen rows name their task: "
+                             "name tasks by it (--task task), or give it another name")  # fmt: skip
+    both = [*named, Part("the target", ours.table, ours.raw)]
+    for part in both:
+        if label not in part.table.column_names:
+            raise InputError(f"label {label!r} is no column of {part.name} ({nearest(label, part.table.column_names)})")
+    together([part.raw.slice(0, 0) for part in named], "the sources")
     columns = _columns(both, {label, task})
-    left_out = sorted({name for _, one in both for name in one.column_names} - set(columns) - {label, task})
+    left_out = sorted({name for part in both for name in part.table.column_names} - set(columns) - {label, task})
     if left_out:
         shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
         notes.append(f"{len(left_out)} columns are not used, as they hold text or are not in every table: {shown}")
-    labels, classes = _labels([one for _, one in both], label, positive)
-    pools = [_pool(name, one, columns, values) for (name, one), values in zip(both, labels)]
-    counts = {"rows": sum(one.num_rows for _, one in named), "used": sum(map(len, pools[:-1]))}
-    counts["incomplete"] = counts["rows"] - counts["used"]
+    labels, classes = _labels([part.table for part in both], label, positive)
+    pools = [_pool(part, columns, values) for part, values in zip(both, labels)]
+    complete = sum(map(len, pools[:-1]))
+    _leave_out_target(pools, both, [name for name in left_out if all(name in one.table.column_names for one in both)])
+    used = sum(map(len, pools[:-1]))
+    counts = {"rows": read, "used": used, "incomplete": read - bad - complete, "unreadable": bad,
+              "in the target": complete - used}  # fmt: skip
+    if complete > used:
+        notes.append(f"{complete - used:,} source rows are equal to a row of the target and left out")
     empty = [pool.name for pool in pools if not len(pool)]
     if "the target" in empty or len(empty) == len(pools) - 1:
         raise NothingToDo(f"no complete row in {'the target' if 'the target' in empty else 'any source'}")
@@ -108,32 +135,86 @@ def read_tasks(
     return Tables(kept, goal, _standardise(kept, goal, columns, notes), classes, counts, notes)
 
 
-def _named(sources: Sequence[Any], task: str | None) -> tuple[list[tuple[str, pa.Table]], list[str]]:
+def together(tables: Sequence[pa.Table], what: str) -> pa.Table:
+    """One table of several, or an error that names the column that does not fit."""
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        for name in dict.fromkeys(name for table in tables for name in table.column_names):
+            kinds = list(dict.fromkeys(table.schema.field(name).type for table in tables if name in table.column_names))
+            try:
+                pa.unify_schemas([pa.schema([(name, kind)]) for kind in kinds], promote_options="permissive")
+            except pa.ArrowException:
+                raise DataError(
+                    f"column {name!r} of {what} is {kinds[0]} in one table and {' and '.join(map(str, kinds[1:]))} in "
+                    "another, so that chosen rows do not fit in one table: make it of one kind, or leave it out"
+                ) from None
+        raise DataError(f"{what} do not fit in one table: {error}") from error
+
+
+def _apart(sources: Sequence[Any], target: Any) -> None:
+    """Refuse a target that is one of the sources' files."""
+    if not isinstance(target, str | Path):
+        return
+    ours = {Path(one.path).resolve() for one in find_sources(target)}
+    for source in sources:
+        if isinstance(source, str | Path):
+            for one in find_sources(source):
+                if Path(one.path).resolve() in ours:
+                    raise InputError(f"the target {target} is one of the sources: its held-out rows would be learned "
+                                     "from; name the other tables as sources")  # fmt: skip
+
+
+def _named(sources: Sequence[Any], task: str | None) -> tuple[list[Part], int, int, list[str]]:
+    """The tasks, records read and unreadable ones, and notes."""
     if not sources:
         raise InputError("there is no source: name a table for each task, or a table with a task column")
-    read = [read_whole(source) for source in sources]
-    notes = [note for _, told in read for note in told]
+    found = [read_records(source) for source in sources]
+    read, bad = sum(one.read for one in found), sum(one.bad for one in found)
+    notes = [note for one in found for note in one.notes]
     if task is None:
         names = [Path(str(source)).name if isinstance(source, str | Path) else f"task {n}"
                  for n, source in enumerate(sources)]  # fmt: skip
         names = [name if names.count(name) == 1 else str(source) for name, source in zip(names, sources)]
         if len(set(names)) < len(names):
             raise InputError("the same source is given twice")
-        return list(zip(names, (table for table, _ in read))), notes
-    parts: dict[str, list[pa.Table]] = {}
-    for table, _ in read:
-        words = words_of(table, task, "task column")
-        if any(word is None for word in words):
-            raise DataError(f"task column {task!r} is empty in row {[w is None for w in words].index(True)}")
+        return [Part(name, one.table, one.raw) for name, one in zip(names, found)], read, bad, notes
+    parts: dict[str, list[Part]] = {}
+    for one, table in zip(found, _alike(found)):
+        words = words_of(one.raw, task, "task column")
+        missing = [word is None or not word.strip() for word in words]
+        if any(missing):
+            raise DataError(f"task column {task!r} is empty in row {missing.index(True)}")
         for name in sorted(set(words)):
-            parts.setdefault(name, []).append(table.filter(pa.array(words == name)))
-    return [(name, pa.concat_tables(tables, promote_options="permissive")) for name, tables in parts.items()], notes
+            mask = pa.array(words == name)
+            parts.setdefault(name, []).append(Part(name, table.filter(mask), one.raw.filter(mask)))
+    merged = [
+        Part(name, together([one.table for one in rows], f"task {name!r}"),
+             together([one.raw for one in rows], f"task {name!r}"))
+        for name, rows in parts.items()
+    ]  # fmt: skip
+    return merged, read, bad, notes
 
 
-def _columns(tables: list[tuple[str, pa.Table]], other: set[str | None]) -> list[str]:
-    first = tables[-1][1]
-    found = [name for name in first.column_names if name not in other
-             and all(name in one.column_names and not is_text(one[name]) for _, one in tables)]  # fmt: skip
+def _alike(found: list[Records]) -> list[pa.Table]:
+    """The tables, with a column as it stands in the file where another table has words in it."""
+    words = {name for one in found for name in one.table.column_names if is_text(one.table[name])}
+    tables = []
+    for one in found:
+        table = one.table
+        for at, name in enumerate(table.column_names):
+            if name in words and not is_text(table[name]) and is_text(one.raw[name]):
+                text = one.raw[name]
+                text = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
+                table = table.set_column(at, name, text)
+        tables.append(table)
+    return tables
+
+
+def _columns(parts: list[Part], other: set[str | None]) -> list[str]:
+    tables = [part.table for part in parts]
+    found = [name for name in tables[-1].column_names if name not in other
+             and all(name in one.column_names and not is_text(one[name]) for one in tables)]  # fmt: skip
     if not found:
         raise DataError("no column of numbers, besides the label, is in every table: encode words as numbers first")
     return found
@@ -159,10 +240,24 @@ def _labels(
     return signs, (classes[0] if positive is None else f"not {one}", one)
 
 
-def _pool(name: str, table: pa.Table, columns: list[str], labels: Float[np.ndarray, " n"]) -> Pool:
-    inputs = np.column_stack([numbers_of(table, column) for column in columns])
+def _pool(part: Part, columns: list[str], labels: Float[np.ndarray, " n"]) -> Pool:
+    inputs = np.column_stack([numbers_of(part.table, column) for column in columns])
     rows = np.flatnonzero(np.isfinite(inputs).all(axis=1) & np.isfinite(labels))
-    return Pool(name, inputs[rows], labels[rows], rows, table)
+    return Pool(part.name, inputs[rows], labels[rows], rows, part.raw)
+
+
+def _leave_out_target(pools: list[Pool], parts: list[Part], other: list[str]) -> None:
+    """Drop source rows that are equal to a target row in inputs, label and the columns `other` that all tables have."""
+
+    def keys(pool: Pool, part: Part) -> list[tuple]:
+        words = [words_of(part.table, name)[pool.rows].tolist() for name in other]
+        numbers = np.column_stack([pool.inputs, pool.labels]) + 0.0  # no -0
+        return list(zip((row.tobytes() for row in numbers), *words))
+
+    ours = set(keys(pools[-1], parts[-1]))
+    for pool, part in zip(pools[:-1], parts[:-1]):
+        new = np.array([key not in ours for key in keys(pool, part)], dtype=bool)
+        pool.inputs, pool.labels, pool.rows = pool.inputs[new], pool.labels[new], pool.rows[new]
 
 
 def _standardise(sources: list[Pool], target: Pool, columns: list[str], notes: list[str]) -> list[str]:
