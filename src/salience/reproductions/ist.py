@@ -52,7 +52,7 @@ def build(seed: int) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
-        ViTConfig(
+        ViTConfig(  # type: ignore[call-arg]
             image_size=8,
             patch_size=4,
             num_channels=1,
@@ -328,7 +328,7 @@ def adapter_norms(arm: Arm) -> np.ndarray:
     for name in arm.tuning.layer_names_:
         layer = arm.model.get_submodule(name)
         norms.append(
-            sum(float(m.get_delta_weight("default").detach().norm()) for m in layer.modules() if hasattr(m, "lora_A"))
+            sum(float(m.get_delta_weight("default").detach().norm()) for m in layer.modules() if hasattr(m, "lora_A"))  # type: ignore[misc,operator]
         )
     return np.array(norms)
 
