@@ -36,9 +36,9 @@ def select_by_clusters(
     if report is not None and (page.suffix != ".html" or not page.parent.is_dir() or page.is_dir()):
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
     pool = Corpus(raw, text_column)
-    written = (
-        {"report": page} if is_url(out) else {"output": out, "scores file": f"{out}.scores.parquet", "report": page}
-    )
+    written = {"report": page}
+    if not is_url(out):
+        written |= {"output": Path(out), "scores file": Path(f"{out}.scores.parquet")}
     read = [source.path for source in pool.sources if source.path]
     given = options.get("embeddings")
     check_written(written, [*read, given] if given else read, overwrite)

@@ -108,7 +108,7 @@ def _check_names(inputs: list[str | Path], out: Path, page: Path, overwrite: boo
         raise InputError(f"--out must end in .csv or .parquet, not {out.name}")
     if page.suffix != ".html" or not page.parent.is_dir() or page.is_dir():
         raise InputError(f"--report must name a file that ends in .html, in a folder that exists, not {page}")
-    written = {"output": out, "scores file": f"{out}.scores.parquet", "report": page}
+    written = {"output": out, "scores file": Path(f"{out}.scores.parquet"), "report": page}
     check_written(written, inputs, overwrite)
 
 
