@@ -237,12 +237,14 @@ def draw(panels: dict[str, dict[str, list[Point]]], image: Path) -> None:
                 x, y = [point[1] / 1e6 for point in points], [2 ** point[2] for point in points]
                 axes.plot(x, y, "osD^vPX*"[number], linestyle="-" if len({*x}) > 1 else "", label=name)
                 for (setting, *_), left, up in zip(points, x, y, strict=True):
-                    axes.annotate(setting, (left, up), xytext=(6, 4), textcoords="offset points", fontsize=8)
+                    axes.annotate(
+                        setting, (left, up), xytext=(3, 6), textcoords="offset points", fontsize=8, rotation=50
+                    )
             axes.set(title=title, xlabel="MB", ylabel="perplexity per byte", yscale="log")
             axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%.3g"))
             axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%.3g"))
             axes.grid(axis="y", which="both")
-            axes.margins(x=0.18)
+            axes.margins(x=0.18, y=0.12)
             axes.legend(fontsize=8)
         figure.savefig(image, dpi=130, facecolor="white")
 
