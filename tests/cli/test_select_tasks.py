@@ -237,7 +237,7 @@ def test_sources_that_do_not_fit_together_are_told_before_anything_is_chosen() -
 
 def test_a_column_named_task_names_the_tasks_or_is_refused() -> None:
     parts = [frame(40, task=["u"] * 40), frame(41, task=["v"] * 41)]
-    with pytest.raises(InputError, match="task 0 has a column 'task' already.*--task task"):
+    with pytest.raises(InputError, match=r"task 0 has a column 'task' already.*--task task"):
         select_tasks(parts, frame(20), "y", 30, rank=1)
     found = select_tasks(parts, frame(20), "y", 30, task="task", rank=1)
     assert found.names == ["u", "v"] and set(found.chosen["task"].to_pylist()) == {"u", "v"}
