@@ -159,7 +159,7 @@ def active_mtrl(
             weights, limit = found.nu, pools
             if top is not None:
                 weights = _largest(found.nu, top)
-                most = np.full(sources, np.iinfo(np.int64).max) if pools is None else counts("pools", pools, sources)
+                most = np.full(sources, 2**53) if pools is None else counts("pools", pools, sources)
                 limit = np.where(weights > 0, np.maximum(most, run.taken), run.taken)  # others keep what they have
                 held = float(price @ limit)
                 if held < goal and number == rounds:
