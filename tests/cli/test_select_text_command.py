@@ -274,10 +274,15 @@ def test_failures_exit_with_their_code_and_one_sentence(
     assert names(folder) == ["empty.jsonl", *BEFORE]
 
 
+def test_every_method_but_kmq_needs_a_target(run, folder: Path) -> None:
+    code, out, err = run("raw.jsonl", "--count", "5", "-o", "out.jsonl")
+    assert (code, out) == (2, "") and "--target is missing" in err and not Path("out.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["raw.jsonl", "--count", "5"], "--target"),
+        (["raw.jsonl", "--count", "5"], "--out"),
         ([*BASE, "--count", "many"], "--count"),
         ([*BASE, "--count", "5", "--method", "dsri"], "dsri"),
         ([*BASE, "--cuont", "5"], "--cuont"),

@@ -105,7 +105,7 @@ EXAMPLES = {
     "salience.features:adversarial_fit": Example(
         adversarial_lesson, frozenset({"values"}), lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
     ),
-    "salience.weights:attach": Example(lambda model: {"method": "bitfit"}, FLAGS, lambda: build("llama")),
+    "salience.weights:attach": Example(lambda model: {"method": "bitfit"}, FLAGS | {"hooks"}, lambda: build("llama")),
     "salience.weights:select_params": Example(lambda model: {"which": "bn"}, FLAGS, lambda: build("gpt2")),
     "salience.weights:hold_frozen": Example(optimizer, FLAGS),
     "salience.weights:train_subset": Example(lesson, FLAGS | {"values"}),

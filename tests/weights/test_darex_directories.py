@@ -464,7 +464,7 @@ record = {"method": "dare", "rate": 0.5, "q": None, "mask seed": 1}
 before = peak()
 if what == "write": _write_delta(base, tuned, folder / "d.safetensors", Pair(names, False, None, []), record)
 elif what == "read": _restored(folder / "d.safetensors", base, folder / "restored")
-elif what == "prune": prune_directory(base, tuned, folder / "pruned", names, rate=0.5)
+elif what == "prune": prune_directory(base, tuned, folder / "pruned", names, rate=0.5, seed=1)
 else: merge_directories([base, tuned], folder / "merged")
 print(peak() - before)
 """
