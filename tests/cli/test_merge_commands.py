@@ -136,11 +136,31 @@ def test_merge_delta_measures_each_model_and_the_mean(run, models):
     )  # fmt: skip
     assert code == 0, err
     assert out.startswith("Darex is ")
-    for name in ("darex", "mean", "dare", "model 1", "model 2"):
+    for name in ("darex", "mean", "dare", "one", "two"):
         assert any(line.startswith(name) for line in out.splitlines()), name
+    assert "MB)" in out
     load(models / "out")
     code, out, err = run("merge", "delta", models / "one", models / "two", "-o", models / "plain")
     assert code == 0 and out.startswith("Not measured")
+
+
+def test_a_sum_of_deltas_at_equal_weights_is_the_mean_and_is_not_compared_with_it(run, models):
+    merge = (
+        "merge",
+        "delta",
+        models / "one",
+        models / "two",
+        "--base",
+        models / "base",
+        "--evaluate",
+        models / "text.jsonl",
+    )
+    code, out, err = run(*merge, "-o", models / "equal", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["measured"]["means"]) == {"task", "one", "two"} and "is the mean" in out
+    code, out, err = run(*merge, "--weights", "1,1", "-o", models / "whole", "--json")
+    assert code == 0, err
+    assert set(json.loads(out)["measured"]["means"]) == {"task", "mean", "one", "two"}
 
 
 @pytest.fixture

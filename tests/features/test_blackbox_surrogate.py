@@ -269,6 +269,9 @@ def test_the_ends_of_a_condition_can_be_told_apart() -> None:
     assert str(Condition(0, "v", 1.00001, 1.00002)) == "1.00001 < v <= 1.00002"
     assert str(Condition(0, "v", -np.inf, 1.00002)) == "v <= 1"
     assert str(Condition(0, "v", 1.0, 2.0)) == "1 < v <= 2"
+    assert str(Condition(0, "job=none", 0.5, np.inf, binary=True)) == "job = none"
+    assert str(Condition(0, "job=none", -np.inf, 0.5, binary=True)) == "job != none"
+    assert str(Condition(0, "smoker", 0.5, np.inf, binary=True)) == "smoker = 1"
 
 
 def test_a_rare_answer_is_probed() -> None:

@@ -58,7 +58,12 @@ def show(result: Any, facts: Mapping[str, object], page: Path, as_json: bool, ti
     say(result.branch)
     for note in result.notes:
         say(f"note: {note}", err=True)
-    say(f"written: {result.out}\nreport:  {page}")
+    say(f"written: {result.out} ({_megabytes(Path(result.out)):,.2f} MB)\nreport:  {page}")
+
+
+def _megabytes(out: Path) -> float:
+    files = [out] if out.is_file() else out.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
 
 
 def delta_blocks(result: Any) -> list[Any]:

@@ -45,7 +45,7 @@ def _verdict(report, proof: RankProof | None):
         False: "worse than random columns",
         None: "no better than random columns",
     }
-    return report.verdict(label[proof.better], proof.verdict, bool(proof.better))
+    return report.verdict(label[proof.better], proof.verdict, proof.better)
 
 
 def _facts(result: RankReport, rows: list[dict[str, Any]]) -> dict[str, object]:

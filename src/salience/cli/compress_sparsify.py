@@ -312,8 +312,15 @@ def _account(model: Any, masks: dict[str, Any], method: Method, example: Any) ->
         "bytes": report.bytes,
         "milliseconds": 1e3 * measure_latency(model, example, rounds=5),
         "collapsed": list(report.collapsed),
+        "head": _head(model, masks),
         "layers": {name: layer.density for name, layer in report.layers.items()},
     }
+
+
+def _head(model: Any, masks: dict[str, Any]) -> str | None:
+    """Name of a language model's output weights where they are among those that were cut."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return next((name for name in masks if head is not None and model.get_parameter(name) is head.weight), None)
 
 
 def _measure(
@@ -379,6 +386,9 @@ def _print(
         say("Not measured: give --evaluate or --evaluate-command to see what it costs.\n")
     if facts["collapsed"]:
         say(f"note: nothing is left of {', '.join(facts['collapsed'][:5])}, which cuts the network", err=True)
+    if facts["head"]:
+        name = facts["head"]
+        say(f"note: the output head was cut as well; leave it dense with --exclude {name!r}", err=True)
     say(
         f"weights    {facts['kept']:,} of {facts['weights']:,} kept ({facts['density']:.1%})\n"
         f"storage    {facts['bytes']['dense'] / 1e6:,.2f} MB as written; {facts['bytes']['bitmask'] / 1e6:,.2f} MB with a "

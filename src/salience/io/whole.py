@@ -162,7 +162,9 @@ def numbers_of(table: pa.Table, name: str, what: str = "column") -> Float[np.nda
 
 
 def words_of(table: pa.Table, name: str, what: str = "column") -> np.ndarray:
-    """A column as strings, None where a value is missing (or NaN); whole numbers come without a decimal point.
+    """A column as strings without blanks around them, None where a value is missing (or NaN).
+
+    Whole numbers come without a decimal point.
 
     Raises
     ------
@@ -176,7 +178,8 @@ def words_of(table: pa.Table, name: str, what: str = "column") -> np.ndarray:
     if pa.types.is_boolean(column.type):
         column = column.cast(pa.int8())
     try:
-        return np.array(pc.cast(column, pa.large_string()).to_pylist(), dtype=object)
+        words = pc.utf8_trim_whitespace(pc.cast(column, pa.large_string()))
+        return np.array(words.to_pylist(), dtype=object)
     except pa.ArrowException:
         raise DataError(
             f"{what} {name!r} holds values of the kind {column.type}; words or numbers are needed"

@@ -20,12 +20,15 @@ class Condition:
         Column of the table.
     name : str
     low, high : float
+    binary : bool
+        Whether the column holds 0 and 1 alone. Of a column called ``column=level`` 1 is then told as that level.
     """
 
     feature: int
     name: str
     low: float
     high: float
+    binary: bool = False
 
     def holds(self, X: Float[np.ndarray, "n features"]) -> Bool[np.ndarray, " n"]:
         """Rows that meet it: rounded to float32 and compared in float64, as scikit-learn's trees do."""
@@ -33,6 +36,9 @@ class Condition:
         return (values > self.low) & (values <= self.high)
 
     def __str__(self) -> str:
+        if self.binary:
+            column, level = self.name.split("=", 1) if "=" in self.name else (self.name, "1")
+            return f"{column} {'=' if self.low >= 0 else '!='} {level}"
         digits = 4
         while (
             digits < 17
@@ -100,12 +106,14 @@ def rules_of(
         Rows, and what the black box answers to them: support and confidence are counted there.
     """
     nodes = tree.tree_
+    binary = ((X == 0) | (X == 1)).all(0)
     found: list[Rule] = []
 
     def walk(node: int, bounds: dict[int, tuple[float, float]]) -> None:
         if nodes.children_left[node] == -1:
             conditions = tuple(
-                Condition(int(columns[at]), str(names[columns[at]]), low, high) for at, (low, high) in bounds.items()
+                Condition(int(columns[at]), str(names[columns[at]]), low, high, bool(binary[columns[at]]))
+                for at, (low, high) in bounds.items()
             )
             label = int(tree.classes_[np.argmax(nodes.value[node][0])])
             found.append(measured(Rule(conditions, label, 0.0, 0.0, node), X, answers))

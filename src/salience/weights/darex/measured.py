@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -212,12 +212,13 @@ def merge_deltas(
         if measured is not None:
             step("measuring")
             shown: dict[str, Any] = {method: model}
-            if method != "linear":
+            if method == "task" and weights is None:
+                result.notes.append("at equal weights the sum of deltas is the mean of the models")
+            elif method != "linear":
                 shown["mean"] = merged("mean", "linear")
             if method == "darex":
                 shown["dare"] = merged("dare", "dare")
-            for number, directory in enumerate(directories):
-                shown[f"model {number + 1}"] = directory
+            shown |= dict(zip(_names(models, shown), directories))
             result.comparison = compare(measured, shown)
             rivals: list[str] = [name for name in shown if name in ("mean", "dare")] or [
                 n for n in shown if n != method
@@ -228,6 +229,14 @@ def merge_deltas(
         record = {"models": [str(each) for each in models], "base": base and str(base), "weights": weights}
         output.commit({"command": "merge delta", **record, "method": method, "rate": rate, "q": q, "seed": seed})
     return result
+
+
+def _names(models: Sequence[str | os.PathLike], taken: Collection[str]) -> list[str]:
+    """What each input is called: its own name, or the whole path where that is not unique."""
+    names = [Path(model).name for model in models]
+    return [
+        name if names.count(name) == 1 and name not in taken else os.fspath(model) for name, model in zip(names, models)
+    ]
 
 
 def _best(comparison: Comparison, names: Sequence[str]) -> str:
