@@ -49,8 +49,8 @@ def main() -> None:
             (folder / "few.jsonl").write_bytes(b"".join(islice(whole, 10)))
 
         def command(corpus: str, count: int) -> list[str]:
-            output = str(folder / f"chosen-{corpus}")
-            where = ["--target", str(target), "-o", output, "--resume"]
+            output = str(folder / f"chosen-{Path(corpus).stem}.jsonl")
+            where = ["--target", str(target), "-o", output, "--min-tokens", "0", "--resume"]
             return ["select", "text", str(folder / corpus), "--count", str(count), *where]
 
         seconds(*command("few.jsonl", 5))
