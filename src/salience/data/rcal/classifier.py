@@ -113,7 +113,8 @@ class RCALHead(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: ArrayLike) -> Shaped[np.ndarray, " n"]:
         """The likeliest class of each row, (n,)."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        best = self.predict_proba(X).argmax(axis=1)
+        return self.classes_[best]
 
 
 def train_head(

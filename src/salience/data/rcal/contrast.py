@@ -130,7 +130,9 @@ def moco_pretrain(
                 ids = torch.cat([ids, rows])[-min(queue, len(x)) :]
             schedule.step()
             if not bool(loss.isfinite()):
-                raise DataError(f"x: the contrastive loss is {float(loss)}; lower lr, or look for values not finite")
+                raise DataError(
+                    f"x: the contrastive loss is {float(loss.detach())}; lower lr, or look for values not finite"
+                )
     optimizer.zero_grad()
     return encoder.eval()
 

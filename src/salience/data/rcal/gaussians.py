@@ -79,7 +79,7 @@ class ClassGaussians:
             draws = np.full(len(self.classes), per_class)
         bad = ~np.isfinite(self.cov).all(axis=(1, 2))
         if bad.any():
-            raise InputError(f"cov: of class {self.classes[bad][0]!r} is not finite")
+            raise InputError(f"cov: of class {self.classes[bad].tolist()[0]!r} is not finite")
         variance, axes = np.linalg.eigh(self.cov)
         root = axes * np.sqrt(np.clip(variance, 0, None))[:, None]  # root root' = cov
         rng = np.random.default_rng(random_state)
@@ -143,7 +143,7 @@ def robust_gaussians(
     rows, labels = check_rows(z, y)
     classes, index, count = np.unique(labels, return_inverse=True, return_counts=True)
     if len(classes) < 2:
-        raise DataError(f"y: there is one class, {classes[0]!r}; at least two are needed")
+        raise DataError(f"y: there is one class, {classes.tolist()[0]!r}; at least two are needed")
     rates = np.full(len(classes), np.nan)
     if contamination == "estimate":
         rates = np.minimum(0.5, outvoted(rows, index, neighbors))
@@ -233,7 +233,8 @@ def calibrate_tail(
         j = heads[near]
         weights = np.ones(len(j))
         if weighting == "size-closeness":
-            weights = g.count[j] / np.maximum(squared[near], 1e-12 * max(squared.max(), 1e-300))
+            closest = 1e-12 * squared.max() or 1.0  # a head at the very place would weigh infinitely much
+            weights = g.count[j] / np.maximum(squared[near], closest)
         weights = weights / weights.sum()
         if mean:
             means[k] = gamma * weights @ g.mean[j] + (1 - gamma) * g.mean[k]
