@@ -80,7 +80,7 @@ def reproduce(run: Run) -> Outcome:
     images: Accuracies = {}
     for number, seed in enumerate(run.replicate_seeds(1 if run.smoke else 4)):
         run.step(f"images, {number + 1}")
-        on_images(seed, images, epochs=20 if run.smoke else 50)
+        on_images(seed, images, epochs=12 if run.smoke else 50)
 
     # The theory: when is the calibrated mean of a tail class nearer to the truth?
     run.step("simulation")
@@ -356,10 +356,11 @@ def _picture(table: Accuracies, images: Accuracies, ratios: dict[tuple[int, floa
     for at, group in enumerate(("many", "medium", "few")):
         found = [_mean(shots, group) for shots in images.values()]
         middle.bar(np.arange(len(found)) + 0.27 * (at - 1), found, 0.25, label=group)
-    middle.set_xticks(range(len(images)), [name.replace(", ", ",\n").replace(" of ", "\nof ") for name in images],
-                      fontsize="x-small")  # fmt: skip
+    labels = [name.replace(", ", ",\n").replace(" of ", " of\n").replace(" network", "\nnetwork") for name in images]
+    middle.set_xticks(range(len(images)), labels, fontsize="x-small")
+    middle.set_ylim(0, 1.3)
     middle.set_ylabel("test accuracy on images")
-    middle.legend(fontsize="small")
+    middle.legend(fontsize="small", ncols=3)
     for rows in sorted({rows for rows, _ in ratios}):
         line = [(distance, ratio) for (count, distance), ratio in ratios.items() if count == rows]
         below.plot(*zip(*line), marker="o", label=f"{rows} rows")

@@ -118,7 +118,7 @@ class RCALTrainer:
         self.encoder_ = copy.deepcopy(self.encoder)
         device = next(self.encoder_.parameters()).device
         anchors = self.represent(x)
-        self.gaussians_ = self.calibrate(anchors.double().numpy(), y.numpy())
+        self.gaussians_ = self.calibrate(anchors.double().numpy(), y.cpu().numpy())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             self.head_ = nn.Linear(representation_width(self.encoder_, x, device), self.n_classes).to(device)
