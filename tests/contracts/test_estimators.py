@@ -67,6 +67,11 @@ FITS = {
         lambda model: model.fit(TABLE),
         lambda model: model.select(20),
     ),
+    "salience.data:RCALHead": (
+        {"neighbors": 5},
+        lambda model: model.fit(TABLE, LABELS),
+        lambda model: model.predict_proba(TABLE),
+    ),
     "salience.weights:DeltaPruner": (
         {"rate": 0.5, "rescale": "global", "exclude": ()},
         lambda model: model.fit(*networks(), batches=[torch.ones(4, 3)]),

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
     from salience.data.loss_reweighting.trainer import TrainerReweighting
     from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
+    from salience.data.rcal.classifier import RCALHead
+    from salience.data.rcal.contrast import contrastive_loss, moco_pretrain
+    from salience.data.rcal.gaussians import ClassGaussians, calibrate_tail, label_trust, robust_gaussians
+    from salience.data.rcal.noise import ShotAccuracy, flip_labels, long_tail, shot_accuracy
+    from salience.data.rcal.trainer import RCALTrainer, calibrated_gaussians
+    from salience.data.rcal.views import strong_view, weak_view
     from salience.data.row_baselines import deita_filter, k_center_greedy, kmeans_medoids, qdit
     from salience.data.row_selection import RowSelection, select_rows
     from salience.data.text_clusters import ClusterSelection, select_text_clusters
@@ -58,12 +64,18 @@ _WHERE: dict[str, str] = {
     "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
     "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
     "weight_diagnostics": "loss_reweighting.weighting",
+    "ClassGaussians": "rcal.gaussians", "RCALHead": "rcal.classifier", "RCALTrainer": "rcal.trainer",
+    "ShotAccuracy": "rcal.noise", "calibrate_tail": "rcal.gaussians", "calibrated_gaussians": "rcal.trainer",
+    "contrastive_loss": "rcal.contrast", "flip_labels": "rcal.noise", "label_trust": "rcal.gaussians",
+    "long_tail": "rcal.noise", "moco_pretrain": "rcal.contrast", "robust_gaussians": "rcal.gaussians",
+    "shot_accuracy": "rcal.noise", "strong_view": "rcal.views", "weak_view": "rcal.views",
 }  # fmt: skip
 __all__ = [
     "DSIR",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
+    "ClassGaussians",
     "ClusterSelection",
     "Diversity",
     "HashedNgrams",
@@ -72,10 +84,13 @@ __all__ = [
     "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
+    "RCALHead",
+    "RCALTrainer",
     "Refinement",
     "RowSelection",
     "SequenceLosses",
     "SharedTrunk",
+    "ShotAccuracy",
     "SkipBlock",
     "SkipblockNet",
     "TaskRelevance",
@@ -87,23 +102,31 @@ __all__ = [
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "calibrate_tail",
+    "calibrated_gaussians",
     "choose_k",
+    "contrastive_loss",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
     "feature_variance",
+    "flip_labels",
     "gumbel_topk",
     "k_center_greedy",
     "kl_reduction",
     "kmeans_medoids",
+    "label_trust",
     "lexical_overlap",
+    "long_tail",
     "loss_weights",
     "mean_log_count",
+    "moco_pretrain",
     "per_sequence_loss",
     "perplexity_scorer",
     "qdit",
     "refine",
     "reward_scorer",
+    "robust_gaussians",
     "score_gap",
     "score_text",
     "select_rows",
@@ -111,7 +134,10 @@ __all__ = [
     "select_text",
     "select_text_clusters",
     "selection_report",
+    "shot_accuracy",
+    "strong_view",
     "task_relevance",
+    "weak_view",
     "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
