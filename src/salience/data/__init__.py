@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
+    from salience.data.gais.estimator import GAIS
+    from salience.data.gais.hashing import lsh_edges
+    from salience.data.gais.measures import evaluate_selection, tune_gais
+    from salience.data.gais.minibatches import minibatch_edges
+    from salience.data.gais.network import GraphAttention
+    from salience.data.instance_baselines import condensed_neighbours, drop3, edited_neighbours, stratified_random
     from salience.data.kmq.clustering import choose_k
     from salience.data.kmq.gaps import perplexity_scorer, reward_scorer, score_gap
     from salience.data.kmq.iterate import IterativeSelector, Refinement, refine
@@ -37,6 +43,10 @@ _WHERE: dict[str, str] = {
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
+    "GAIS": "gais.estimator", "GraphAttention": "gais.network", "lsh_edges": "gais.hashing",
+    "minibatch_edges": "gais.minibatches", "evaluate_selection": "gais.measures", "tune_gais": "gais.measures",
+    "condensed_neighbours": "instance_baselines", "drop3": "instance_baselines",
+    "edited_neighbours": "instance_baselines", "stratified_random": "instance_baselines",
     "KMQSelector": "kmq.selector", "selection_report": "kmq.selector", "choose_k": "kmq.clustering",
     "IterativeSelector": "kmq.iterate", "Refinement": "kmq.iterate", "refine": "kmq.iterate",
     "score_gap": "kmq.gaps", "perplexity_scorer": "kmq.gaps", "reward_scorer": "kmq.gaps",
@@ -61,11 +71,13 @@ _WHERE: dict[str, str] = {
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "GAIS",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
     "ClusterSelection",
     "Diversity",
+    "GraphAttention",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
@@ -88,9 +100,13 @@ __all__ = [
     "active_mtrl",
     "allocate_samples",
     "choose_k",
+    "condensed_neighbours",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
+    "drop3",
+    "edited_neighbours",
+    "evaluate_selection",
     "feature_variance",
     "gumbel_topk",
     "k_center_greedy",
@@ -98,7 +114,9 @@ __all__ = [
     "kmeans_medoids",
     "lexical_overlap",
     "loss_weights",
+    "lsh_edges",
     "mean_log_count",
+    "minibatch_edges",
     "per_sequence_loss",
     "perplexity_scorer",
     "qdit",
@@ -111,7 +129,9 @@ __all__ = [
     "select_text",
     "select_text_clusters",
     "selection_report",
+    "stratified_random",
     "task_relevance",
+    "tune_gais",
     "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
