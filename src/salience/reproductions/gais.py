@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
+from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine, make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
@@ -33,7 +34,6 @@ from salience.data import (
     condensed_neighbours,
     drop3,
     edited_neighbours,
-    evaluate_selection,
     kmeans_medoids,
     lsh_edges,
     stratified_random,
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SETS = {"digits": load_digits, "wine": load_wine, "breast cancer": load_breast_cancer}
-REDUCTION, FOLDS, REPLICATES, TURNS = 0.96, 5, 5, 3  # every choice is made with three draws of the buckets
-LEARNERS = {"1-nearest-neighbour": KNeighborsClassifier(1), "logistic regression": LogisticRegression(max_iter=1000)}
+REDUCTION, FOLDS, REPLICATES, TURNS = 0.96, 5, 6, 6  # every choice is made with six draws of the buckets
+LEARNERS = (KNeighborsClassifier(1), LogisticRegression(max_iter=1000))
 HASHED = {"sl_lsh": {}, "ml_lsh": {"levels": (4, 8, 12)}, "mv_lsh": {"n_views": 4}}
 KEPT = "selections with every class at its quota"
 GROWTH = "largest growth of the seconds to build a graph, 5,000 to 20,000 rows"
@@ -66,6 +66,7 @@ class Fold(NamedTuple):
     y: Int[np.ndarray, " n"]
     test_x: Float[np.ndarray, "m d"]
     test_y: Int[np.ndarray, " m"]
+    full: Float[np.ndarray, " learners"]  # accuracy of each learner trained on all of x
     seed: int
 
 
@@ -156,7 +157,8 @@ def folds(name: str, seed: int, count: int) -> Iterator[Fold]:
         mean, spread = x[train].mean(axis=0), x[train].std(axis=0)
         varies = spread > 0
         scaled = (x[:, varies] - mean[varies]) / spread[varies]
-        yield Fold(scaled[train], y[train], scaled[test], y[test], (seed + number) % 2**31)
+        parts = scaled[train], y[train], scaled[test], y[test]
+        yield Fold(*parts, accuracies(*parts), (seed + number) % 2**31)
 
 
 def scorers(model: GAIS, fold: Fold) -> dict[str, Float[np.ndarray, " n"]]:
@@ -214,14 +216,15 @@ def alone(model: GAIS, scores: Float[np.ndarray, " n"]) -> Int[np.ndarray, " b"]
     return choose(scores, model.y_, reduced_sizes(np.bincount(model.y_), model.reduction, model.n_min))
 
 
+def accuracies(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> Float[np.ndarray, " learners"]:
+    """Accuracy of each learner."""
+    return np.array([clone(model).fit(x, y).score(test_x, test_y) for model in LEARNERS])
+
+
 def worth(fold: Fold, choices: list[Int[np.ndarray, " b"]]) -> float:
-    """Relative accuracy, mean over choices."""
-    return float(np.mean([measured(fold, chosen)["relative accuracy"] for chosen in choices]))
-
-
-def measured(fold: Fold, chosen: Int[np.ndarray, " b"]) -> dict[str, float]:
-    """All measures of one choice."""
-    return evaluate_selection(fold.x, fold.y, chosen, fold.test_x, fold.test_y, LEARNERS)
+    """Relative accuracy, mean over learners and choices."""
+    found = [accuracies(fold.x[rows], fold.y[rows], fold.test_x, fold.test_y) / fold.full for rows in choices]
+    return float(np.mean(found))
 
 
 def at_quota(y: Int[np.ndarray, " n"], chosen: Int[np.ndarray, " b"]) -> bool:
@@ -239,12 +242,12 @@ def equal_size(fold: Fold, size: int) -> dict[str, list[Int[np.ndarray, " b"]]]:
 
 
 def other_methods(run: Run, names: list[str]) -> dict[str, float]:
-    """Relative accuracy, reduction and effectiveness of baselines that choose their size, and of the other graphs.
+    """Relative accuracy and reduction of baselines that choose their size, and of the other graphs.
 
     On the folds of the first replicate; the hashed graphs on its first fold.
     """
     seed = run.replicate_seeds(1)[0]
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for name in names:
         run.step(f"{name}, other methods")
         for number, fold in enumerate(folds(name, seed, 1 if run.smoke else FOLDS)):
@@ -256,10 +259,11 @@ def other_methods(run: Run, names: list[str]) -> dict[str, float]:
             for graph in HASHED if number == 0 and not run.smoke else ():
                 own[f"graph {graph}, first fold"] = partial(selected, graph, fold)
             for method, chosen in own.items():
-                found.setdefault(method, []).append(measured(fold, chosen()))
-    told = ("relative accuracy", "reduction", "effectiveness")
-    return {f"{key}, {method}": float(np.mean([each[key] for each in values]))
-            for method, values in found.items() for key in told}  # fmt: skip
+                rows = chosen()
+                found.setdefault(method, []).append((worth(fold, [rows]), 1 - len(rows) / len(fold.y)))
+    means = {method: np.mean(values, axis=0) for method, values in found.items()}
+    return {f"{key}, {method}": float(value) for method, pair in means.items()
+            for key, value in zip(("relative accuracy", "reduction"), pair)}  # fmt: skip
 
 
 def selected(graph: str, fold: Fold) -> Int[np.ndarray, " b"]:

@@ -10,6 +10,8 @@ from scipy.spatial.distance import pdist, squareform
 
 from salience.data.gais.edges import Edges, GraphBatch
 
+_KEPT = 10_000  # rows of a table whose batches are kept for the next epoch: some 20 MB a round
+
 
 def stratified_batches(
     y: Int[np.ndarray, " n"], batch_size: int, rng: np.random.Generator
@@ -79,9 +81,9 @@ def minibatch_edges(
 
 
 class MiniBatchGraph:
-    """Rounds of stratified batches with a graph of their own, made anew whenever they are asked for.
+    """Rounds of stratified batches with a graph of their own; the same round is the same batches and edges each time.
 
-    Nothing but the table is held, whatever its length. The same round is the same batches and edges each time.
+    Above 10,000 rows they are made anew whenever they are asked for: nothing but the table is held.
 
     Parameters
     ----------
@@ -98,9 +100,18 @@ class MiniBatchGraph:
     ) -> None:  # fmt: skip
         self.x, self.y, self.batch_size = x, y, batch_size
         self.theta_s, self.theta_r, self.seed = theta_s, theta_r, seed
+        self.kept: dict[int, list[GraphBatch]] = {}
 
     def batches(self, number: int) -> Iterator[GraphBatch]:
         """The batches of one round, with their edges."""
+        if len(self.x) > _KEPT:
+            yield from self._made(number)
+            return
+        if number not in self.kept:
+            self.kept[number] = list(self._made(number))
+        yield from self.kept[number]
+
+    def _made(self, number: int) -> Iterator[GraphBatch]:
         rng = np.random.default_rng([self.seed, number])
         for rows in stratified_batches(self.y, self.batch_size, rng):
             yield GraphBatch(rows, minibatch_edges(self.x[rows], theta_s=self.theta_s, theta_r=self.theta_r, rng=rng))
