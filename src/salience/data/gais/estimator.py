@@ -79,6 +79,8 @@ class GAIS(BaseEstimator):
         Held-out loss after each epoch.
     graph_stats_ : dict
         "edges": mean number of edges into a row; "isolated": share of rows without any.
+    x_, y_, seed_
+        What `select` needs: standardised rows, (n, d) float32; class codes, (n,); the seed of all draws.
     n_features_in_ : int
 
     Raises
