@@ -253,7 +253,13 @@ def test_four_fifths_of_each_class_are_learnt_from() -> None:
 def test_training_lowers_the_held_out_loss_and_keeps_the_best_epoch() -> None:
     model = GAIS().fit(WINE, WINES)
     assert min(model.losses_) < 0.5 * model.losses_[0] and len(model.losses_) - 1 - np.argmin(model.losses_) <= 15
-    assert model.confidence_.min() >= 1 / 3 - 1e-6 and model.confidence_.max() <= 1
+    largest = GAIS(confidence="max").fit(WINE, WINES).confidence_
+    assert largest.min() >= 1 / 3 - 1e-6 and largest.max() <= 1 and (model.confidence_ <= largest + 1e-12).all()
+    wrong = WINES.copy()
+    wrong[::9] = (wrong[::9] + 1) % 3
+    sure = GAIS().fit(WINE, wrong)
+    assert sure.confidence_[::9].mean() < 0.5 < np.delete(sure.confidence_, np.arange(0, 178, 9)).mean()
+    assert not len(np.intersect1d(sure.selected_idx_, np.arange(0, 178, 9)))
 
 
 # Scores and selection.
@@ -327,12 +333,13 @@ def test_shuffled_weights_choose_otherwise() -> None:
     model = GAIS(epochs=30).fit(WINE, WINES)
     graph, rounds = model._graph(model.seed_)
     x = torch.from_numpy(model.x_)
-    same = read(model.network_, x, graph, rounds=rounds)
+    y = torch.from_numpy(model.y_)
+    same = read(model.network_, x, graph, rounds=rounds, y=y)
     np.testing.assert_allclose(same.attention, model.attention_, equal_nan=True)
     state = {name: value.flatten()[torch.randperm(value.numel())].view_as(value)
              for name, value in model.network_.state_dict().items()}  # fmt: skip
     model.network_.load_state_dict(state)
-    other = read(model.network_, x, graph, rounds=rounds)
+    other = read(model.network_, x, graph, rounds=rounds, y=y)
     known = np.isfinite(same.attention)
     assert np.corrcoef(same.attention[known], other.attention[known])[0, 1] < 0.9
     assert np.mean(other.confidence) < np.mean(same.confidence)
@@ -364,6 +371,7 @@ def test_the_scikit_learn_contract() -> None:
     [
         ({"graph": "knn"}, "graph must be one of minibatch, sl_lsh, ml_lsh, mv_lsh, not 'knn'"),
         ({"importance": "degree"}, "importance must be one of"),
+        ({"confidence": "mean"}, "confidence must be one of label, max"),
         ({"reduction": 1.0}, r"reduction must lie in \[0, 1\), not 1.0"),
         ({"theta_r": -0.1}, "theta_r must lie in"),
         ({"n_min": 0}, "n_min must be a whole number of at least 1"),

@@ -30,7 +30,7 @@ GRAPHS = ("minibatch", "sl_lsh", "ml_lsh", "mv_lsh")
 class GAIS(BaseEstimator):
     r"""Instance selection by a graph attention network: scores every row of a labelled table, and keeps the best.
 
-        s_j = z(A_j) + z(max_c p_c(j)),      A_j = mean over layers, heads, edges j -> i of alpha_ij |N(i)|
+        s_j = z(A_j) + z(p_{y_j}(j)),      A_j = mean over layers, heads, edges j -> i of alpha_ij |N(i)|
 
     A graph joins similar rows; the network learns the classes on it; a row that its neighbours attend to and whose
     class is clear scores high. Of each class ``max(n_min, round((1 - reduction) n_c))`` rows stay.
@@ -43,6 +43,9 @@ class GAIS(BaseEstimator):
         Share of the rows to leave out, in [0, 1).
     importance : {"attention+confidence", "attention", "confidence"}
         "confidence" is the predecessor's.
+    confidence : {"label", "max"}
+        Probability of the row's own label, or, as the predecessor has it, the largest of any class. Where classes
+        overlap, "max" prefers rows that the network is sure are of another class than their label says.
     coverage : bool
         Choose in turns over buckets of alike rows, in place of the best scores alone.
     threshold : float, optional
@@ -94,22 +97,23 @@ class GAIS(BaseEstimator):
     2412.19201). Only their abstracts and summaries could be read. Verified: stratified mini-batches with distances only
     inside, random masking and a similarity threshold, hashing by random projections in three variants, a graph
     attention network, importance by attention, the predecessor's confidence. Reconstructed: every number, the
-    formulas of edge weights and scores, class quotas. `coverage` is ours.
+    formulas of edge weights and scores, class quotas. `coverage` and confidence in the row's own label are ours.
 
     The same seed, data and number of threads give the same rows on a CPU.
     """
 
     def __init__(
         self, *, graph: str = "minibatch", reduction: float = 0.96, importance: str = "attention+confidence",
-        coverage: bool = True, threshold: float | None = None, n_min: int = 2, batch_size: int = 256, n_rounds: int = 4,
-        theta_s: float = 0.9, theta_r: float = 0.3, n_tables: int = 8, n_bits: int = 8,
-        levels: tuple[int, ...] = (4, 8, 12), n_views: int = 4, bucket_cap: int = 64, max_neighbors: int = 32,
-        hidden: int = 32, heads: int = 4, epochs: int = 100, lr: float = 5e-3, device: Any = "cpu",
-        random_state: Any = 0,
+        confidence: str = "label", coverage: bool = True, threshold: float | None = None, n_min: int = 2,
+        batch_size: int = 256, n_rounds: int = 4, theta_s: float = 0.9, theta_r: float = 0.3, n_tables: int = 8,
+        n_bits: int = 8, levels: tuple[int, ...] = (4, 8, 12), n_views: int = 4, bucket_cap: int = 64,
+        max_neighbors: int = 32, hidden: int = 32, heads: int = 4, epochs: int = 100, lr: float = 5e-3,
+        device: Any = "cpu", random_state: Any = 0,
     ) -> None:  # fmt: skip
         self.graph = graph
         self.reduction = reduction
         self.importance = importance
+        self.confidence = confidence
         self.coverage = coverage
         self.threshold = threshold
         self.n_min = n_min
@@ -164,7 +168,8 @@ class GAIS(BaseEstimator):
             network = GraphAttention(x.shape[1], len(self.classes_), hidden=self.hidden, heads=self.heads)
         self.network_ = network.to(device)
         self.losses_ = train(self.network_, x, y_, graph, epochs=self.epochs, rounds=rounds, lr=self.lr, seed=seed)
-        found = read(self.network_.eval(), x, graph, rounds=rounds)
+        known = y_ if self.confidence == "label" else None
+        found = read(self.network_.eval(), x, graph, rounds=rounds, y=known)
         self.attention_, self.confidence_ = found.attention, found.confidence
         self.graph_stats_ = {"edges": found.edges, "isolated": found.isolated}
         self.scores_ = importance_scores(found.attention, found.confidence, codes, self.importance)
@@ -258,7 +263,8 @@ class GAIS(BaseEstimator):
         return rows, codes
 
     def _check(self) -> None:
-        for name, value, allowed in (("graph", self.graph, GRAPHS), ("importance", self.importance, IMPORTANCE)):
+        for name, value, allowed in (("graph", self.graph, GRAPHS), ("importance", self.importance, IMPORTANCE),
+                                     ("confidence", self.confidence, ("label", "max"))):  # fmt: skip
             if value not in allowed:
                 raise InputError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
         for name, least in (("n_min", 1), ("batch_size", 2), ("n_rounds", 1), ("n_tables", 1), ("n_bits", 1),

@@ -27,7 +27,7 @@ class Read(NamedTuple):
     attention : (n,) float64
         Attention received; NaN for rows that are nobody's neighbour.
     confidence : (n,) float64
-        Largest class probability.
+        Probability of the row's own label, or the largest of any class.
     edges : float
         Mean number of edges into a row, without self loops.
     isolated : float
@@ -97,7 +97,9 @@ def train(
     return losses
 
 
-def read(model: GraphAttention, x: Float[Tensor, "n d"], graph: Graph, *, rounds: int) -> Read:
+def read(
+    model: GraphAttention, x: Float[Tensor, "n d"], graph: Graph, *, rounds: int, y: Int[Tensor, " n"] | None = None
+) -> Read:
     """Confidence and attention received of every row, over all batches of all rounds.
 
     Parameters
@@ -106,6 +108,8 @@ def read(model: GraphAttention, x: Float[Tensor, "n d"], graph: Graph, *, rounds
     x : (n, d)
     graph : Graph
     rounds : int
+    y : (n,), optional
+        Labels whose probability is the confidence; without them it is the largest probability.
 
     Returns
     -------
@@ -121,7 +125,9 @@ def read(model: GraphAttention, x: Float[Tensor, "n d"], graph: Graph, *, rounds
                 received, received_times = received_attention(alphas, index, len(batch.rows))
                 total[batch.rows] += received.cpu().numpy()
                 times[batch.rows] += received_times.cpu().numpy()
-                confidence[batch.rows] += torch.softmax(logits, 1).amax(1).double().cpu().numpy()
+                p = torch.softmax(logits, 1)
+                sure = p.amax(1) if y is None else p.gather(1, y[torch.from_numpy(batch.rows).to(y.device), None])[:, 0]
+                confidence[batch.rows] += sure.double().cpu().numpy()
                 inward = np.bincount(batch.edges.index[1], minlength=len(batch.rows)) - 1
                 edges, isolated = edges + int(inward.sum()), isolated + int((inward == 0).sum())
     attention = np.divide(total, times, out=np.full(n, np.nan), where=times > 0)
