@@ -2,8 +2,8 @@
 
 A fit is the mini-batch graphs, two epochs of training, four rounds of scores and the choice, of a made-up table of 20
 features, on one thread, each size in a process of its own. The figure is a ratio of processor seconds per row, as
-machines are noisy; 1 is linear, 10 quadratic. Peak memory is that of the process less what it held before the fit; an
-array of all pairs would take 4,000 GB at the larger size. With --graph another graph is measured.
+machines are noisy; 1 is linear, 10 quadratic. Memory is the peak of the process above its peak while the table was
+made; an array of all pairs would take 4,000 GB at the larger size. With --graph another graph is measured.
 
 Usage: python benchmarks/gais.py [--graph minibatch] [--rows 1000000] [--json FILE]
 """
