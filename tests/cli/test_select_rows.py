@@ -173,6 +173,29 @@ def test_the_proof_by_hand() -> None:
     assert distance.chosen == 0 and distance.other == pytest.approx(0.1) and distance.difference == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("options", [(), ("--graph", "ml_lsh", "--no-coverage")])
+def test_gais_measures_itself_and_its_scores_go_on(table: Path, tmp_path: Path, capsys, options) -> None:
+    out = tmp_path / "gais.csv"
+    base = ("select", "rows", table, *BASE)
+    code, told, err = run(capsys, *base, "--method", "gais,kmq", *options, "-o", out)
+    assert code == 0, err
+    assert re.match(r"(Better than|No better than|Worse than) random.*: accuracy .* for random of equal size", told)
+    assert all(name in told for name in ("k-means medoids", "kmq", "1-nearest-neighbour", "40 selected"))
+    assert len(out.read_text().splitlines()) == 41
+    manifest = json.loads(Path(f"{out}.manifest.json").read_text())
+    assert manifest["settings"]["graph"] == (options[1] if options else "minibatch")
+    before = out.read_bytes()
+    assert run(capsys, *base, "--method", "gais", *options, "-o", out, "--overwrite")[0] == 0
+    assert out.read_bytes() == before
+    assert run(capsys, *base, "-o", tmp_path / "kmq.csv", "--quality", "grade")[0] == 0
+    files = [Path(f"{tmp_path / name}.csv.scores.parquet") for name in ("gais", "kmq")]
+    code, _, err = run(capsys, *base, "--scores", files[0], "--scores", files[1], "-o", tmp_path / "both.csv")
+    assert code == 0, err
+    ranks = Scores.load(files[0]).combine(Scores.load(files[1]))
+    both = Scores.load(tmp_path / "both.csv.scores.parquet")
+    np.testing.assert_allclose(both.values, ranks.aligned(both.ids))
+
+
 @pytest.mark.parametrize(
     ("extra", "code", "words"),
     [
@@ -186,6 +209,13 @@ def test_the_proof_by_hand() -> None:
         (("-n", 9, "--method", "best"), 2, "method must be one of"),
         (("-n", 9, "--method", "random", "--quality", "grade"), 2, "--quality belongs to --method kmq alone"),
         (("-n", 9, "--method", "kmq", "--scores", "x.parquet"), 2, "leave --method out"),
+        (("-n", 9, "--method", "gais"), 2, "name the column with --label"),
+        (("-n", 9, "--method", "kmq,gais"), 2, "name the column with --label"),
+        (("-n", 9, "--graph", "sl_lsh"), 2, "--graph belongs to --method gais alone"),
+        (("-n", 9, "--no-coverage", "--method", "random"), 2, "--no-coverage belongs to --method gais alone"),
+        (("-n", 9, "--method", "gais", "--quality", "grade"), 2, "--quality belongs to --method kmq alone"),
+        (("-n", 9, "--method", "gais", "--label", "kind", "--graph", "knn"), 2, "graph must be one of"),
+        (("-n", 3, "--method", "gais", "--label", "kind"), 2, "a budget of 3 rows is too small"),
         (("-n", 9, "--scores", "none.parquet"), 3, "not a readable Scores file"),
         (("-n", 9, "--draw"), 2, "draw goes with scores"),
         (("-n", 9, "--embeddings", "none.npy"), 2, "neither a column nor a readable .npy"),
@@ -228,13 +258,14 @@ def test_a_dry_run_writes_nothing(table: Path, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.realdata
-def test_adult_income_is_not_below_random() -> None:
+@pytest.mark.parametrize("method", ["kmq", "gais"])
+def test_adult_income_is_not_below_random(method) -> None:
     file = Path(os.environ.get("SALIENCE_DATA", "")) / "adult" / "adult-train.csv"
     if not os.environ.get("SALIENCE_DATA") or not file.exists():
         pytest.skip("SALIENCE_DATA names no folder with adult/adult-train.csv")
     frame = pd.read_csv(file, header=None, skipinitialspace=True)
     frame.columns = [f"c{i}" for i in range(frame.shape[1])]
-    found = select_rows(frame, count=500, label="c14", ignore=["c2"])
+    found = select_rows(frame, count=500, label="c14", ignore=["c2"], method=method)
     assert found.proof is not None and found.proof.comparisons[0].better is not False, found.proof.verdict
 
 

@@ -62,6 +62,11 @@ FITS = {
         lambda model: model.fit([(TABLE[:40], LABELS[:40]), (TABLE[40:], TABLE[40:, 1])]).fit_target(TABLE, LABELS),
         lambda model: model.predict(TABLE),
     ),
+    "salience.data:GAIS": (
+        {"epochs": 2, "hidden": 4, "reduction": 0.8},
+        lambda model: model.fit(TABLE, LABELS),
+        lambda model: model.select(),
+    ),
     "salience.data:KMQSelector": (
         {"n_clusters": 4},
         lambda model: model.fit(TABLE),

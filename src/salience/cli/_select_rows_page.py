@@ -58,7 +58,8 @@ def write_page(found: RowSelection, name: str, path: Path) -> None:
         report.heading("Scores"),
         report.figure(
             lambda ax: figures.histogram(ax, {"could be chosen": found.scores.values, "selected": chosen}, "score"),
-            "Of kmq, the logarithm of the probability to be drawn next.",
+            "Of kmq, the logarithm of the probability to be drawn next; of gais, the sum of attention and confidence, "
+            "each standardised within its class.",
         ),
     ]
     if found.classes:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 _EPILOG = (
     "Examples:\n\n"
     "salience select rows people.csv --label income --count 500 -o chosen.csv\n\n"
+    "salience select rows people.csv --label income --method gais --count 500 -o chosen.csv\n\n"
     "salience select rows pool.parquet --embeddings vectors.npy --quality grade --fraction 0.05 -o chosen.parquet\n\n"
     "salience select rows people.csv --label income --scores a.parquet --scores b.parquet --count 500 -o chosen.csv\n\n"
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
 _KMQ = "Options of kmq alone"
+_GAIS = "Options of gais alone"
 _SCORES = "Choosing by Scores"
 
 
@@ -33,7 +35,7 @@ def rows(
     out: Annotated[Path, typer.Option("--out", "-o", help="Chosen rows, in the format of the input (.csv or .parquet).", show_default=False)],
     count: Annotated[int | None, typer.Option("--count", "-n", help="Rows to choose.", show_default=False)] = None,
     fraction: Annotated[float | None, typer.Option(help="Or the share of all rows to choose.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="kmq: quality inside clusters; medoids; random. With commas between, the others are measured beside the first. [default: kmq]", show_default=False)] = None,
+    method: Annotated[str | None, typer.Option(help="kmq: quality inside clusters; gais: a graph attention network, by --label; medoids; random. With commas between, the others are measured beside the first. [default: kmq]", show_default=False)] = None,
     label: Annotated[str | None, typer.Option("--label", "-l", help="Column to be learnt: accuracy is measured by it; it is not part of what clusters are made of.", show_default=False)] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Column not to use, such as an identifier; may be repeated.", show_default=False)] = None,
     embeddings: Annotated[str | None, typer.Option(help="A .npy matrix with a row per row, or a column of vectors [default: the columns as numbers].", show_default=False)] = None,
@@ -41,6 +43,8 @@ def rows(
     clusters: Annotated[str | None, typer.Option(help="Number of clusters, or silhouette [default: one for every four rows to choose, at most 512].", rich_help_panel=_KMQ, show_default=False)] = None,
     allocation: Annotated[str, typer.Option(help="Budget of a cluster: proportional to its size, or equal.", rich_help_panel=_KMQ)] = "proportional",
     temperature: Annotated[float, typer.Option(help="The smaller, the more quality decides.", rich_help_panel=_KMQ)] = 1.0,
+    graph: Annotated[str, typer.Option(help="How alike rows are found: minibatch, sl_lsh, ml_lsh or mv_lsh.", rich_help_panel=_GAIS)] = "minibatch",
+    coverage: Annotated[bool, typer.Option("--coverage/--no-coverage", help="Choose in turns over buckets of alike rows, or the best scores alone.", rich_help_panel=_GAIS)] = True,
     scores: Annotated[list[Path] | None, typer.Option(help="Choose by this Scores file instead of a method; several are combined by rank.", rich_help_panel=_SCORES, show_default=False)] = None,
     draw: Annotated[bool, typer.Option("--draw", help="Draw by exp(score) instead of taking the largest.", rich_help_panel=_SCORES)] = False,
     hold_out: Annotated[float, typer.Option(help="Share of the rows kept out to measure on; 0 can choose all of them and measures nothing.")] = 0.25,
@@ -52,8 +56,9 @@ def rows(
 ) -> None:  # fmt: skip
     """Choose rows of a table that cover it and are of high quality.
 
-    k-means cuts the table into clusters, each gets its share of the budget, and rows are drawn inside it by quality
-    (kMQ, 2024). First printed is what the choice is worth here: accuracy on held-out rows of simple learners trained on
+    kmq: k-means cuts the table into clusters, each gets its share of the budget, and rows are drawn inside it by quality
+    (kMQ, 2024). gais: a network on a graph of alike rows learns the label, and the rows that others attend to and whose
+    class is clear are taken (GAIS, 2025). First printed is what the choice is worth here: accuracy on held-out rows of simple learners trained on
     it, beside random rows and k-means medoids of equal number; without --label, how well it covers held-out rows. Scores
     of all rows are written beside the output.
     """
@@ -62,13 +67,16 @@ def rows(
     names = (method or "kmq").split(",")
     if scores and method:
         raise InputError("--scores replaces the method: leave --method out")
-    if scores or names[0] != "kmq":
-        given = {"--quality": quality, "--clusters": clusters, "--allocation": allocation != "proportional",
-                 "--temperature": temperature != 1.0}  # fmt: skip
+    own = {
+        "kmq": {"--quality": quality, "--clusters": clusters, "--allocation": allocation != "proportional",
+                "--temperature": temperature != 1.0},
+        "gais": {"--graph": graph != "minibatch", "--no-coverage": not coverage},
+    }  # fmt: skip
+    for of, given in own.items():
         wrong = [name for name, value in given.items() if value]
-        if wrong:
+        if wrong and (scores or names[0] != of):
             raise InputError(
-                f"{', '.join(wrong)} belongs to --method kmq alone: leave it out, or --method and --scores"
+                f"{', '.join(wrong)} belongs to --method {of} alone: leave it out, or --method and --scores"
             )
     page = report or Path(f"{out}.report.html")
     _check_names([data, *(scores or []), *([embeddings] if embeddings else [])], out, page, overwrite)
@@ -78,10 +86,20 @@ def rows(
     found = _run(
         data, count=count, fraction=fraction, method=names[0], compare=names[1:], label=label, quality=quality,
         ignore=ignore or [], embeddings=embeddings, scores=[Scores.load(path) for path in scores or []], draw=draw,
-        model=_model(names[0], clusters, allocation, temperature, count, seed), hold_out=hold_out, random_state=seed,
+        model=_gais(graph, coverage, seed) if names[0] == "gais" else _model(
+            names[0], clusters, allocation, temperature, count, seed), hold_out=hold_out, random_state=seed,
     )  # fmt: skip
     _save(found, data, out, report, overwrite)
     _print(found, out, page, as_json)
+
+
+def _gais(graph: str, coverage: bool, seed: int) -> Any:
+    """The selector that the options ask for; None for the defaults."""
+    from salience.data import GAIS
+
+    if graph == "minibatch" and coverage:
+        return None
+    return GAIS(graph=graph, coverage=coverage, random_state=seed)
 
 
 def _model(method: str, clusters: str | None, allocation: str, temperature: float, count: int | None, seed: int) -> Any:

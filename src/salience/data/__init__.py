@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
+    from salience.data.gais.estimator import GAIS
+    from salience.data.gais.hashing import lsh_edges
+    from salience.data.gais.measures import evaluate_selection, tune_gais
+    from salience.data.gais.minibatches import minibatch_edges
+    from salience.data.gais.network import GraphAttention
+    from salience.data.instance_baselines import condensed_neighbours, drop3, edited_neighbours, stratified_random
     from salience.data.kmq.clustering import choose_k
     from salience.data.kmq.gaps import perplexity_scorer, reward_scorer, score_gap
     from salience.data.kmq.iterate import IterativeSelector, Refinement, refine
@@ -43,6 +49,10 @@ _WHERE: dict[str, str] = {
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
+    "GAIS": "gais.estimator", "GraphAttention": "gais.network", "lsh_edges": "gais.hashing",
+    "minibatch_edges": "gais.minibatches", "evaluate_selection": "gais.measures", "tune_gais": "gais.measures",
+    "condensed_neighbours": "instance_baselines", "drop3": "instance_baselines",
+    "edited_neighbours": "instance_baselines", "stratified_random": "instance_baselines",
     "KMQSelector": "kmq.selector", "selection_report": "kmq.selector", "choose_k": "kmq.clustering",
     "IterativeSelector": "kmq.iterate", "Refinement": "kmq.iterate", "refine": "kmq.iterate",
     "score_gap": "kmq.gaps", "perplexity_scorer": "kmq.gaps", "reward_scorer": "kmq.gaps",
@@ -72,12 +82,14 @@ _WHERE: dict[str, str] = {
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "GAIS",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
     "ClassGaussians",
     "ClusterSelection",
     "Diversity",
+    "GraphAttention",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
@@ -105,10 +117,14 @@ __all__ = [
     "calibrate_tail",
     "calibrated_gaussians",
     "choose_k",
+    "condensed_neighbours",
     "contrastive_loss",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
+    "drop3",
+    "edited_neighbours",
+    "evaluate_selection",
     "feature_variance",
     "flip_labels",
     "gumbel_topk",
@@ -119,7 +135,9 @@ __all__ = [
     "lexical_overlap",
     "long_tail",
     "loss_weights",
+    "lsh_edges",
     "mean_log_count",
+    "minibatch_edges",
     "moco_pretrain",
     "per_sequence_loss",
     "perplexity_scorer",
@@ -135,8 +153,10 @@ __all__ = [
     "select_text_clusters",
     "selection_report",
     "shot_accuracy",
+    "stratified_random",
     "strong_view",
     "task_relevance",
+    "tune_gais",
     "weak_view",
     "weight_diagnostics",
 ]

@@ -22,7 +22,7 @@ from salience.io.encoding import encode
 from salience.io.whole import Records, column_of, numbers_of, read_records, words_of
 from salience.scores import Scores
 
-METHODS = ("kmq", "medoids", "random")
+METHODS = ("kmq", "gais", "medoids", "random")
 _DRAWS = 5  # of the random baseline
 _CLUSTERS = 512  # of kmq at most, or one for every four rows to choose
 _CLASSES = 100
@@ -104,7 +104,7 @@ def select_rows(
         One of `METHODS`; not used with `scores`.
     label : str, optional
         Column to be learnt. It is never part of the embedding. With it accuracy is measured, and every method but
-        "kmq" and "medoids" keeps the shares of the classes, at least 2 rows of each.
+        "kmq" and "medoids" keeps the shares of the classes, at least 2 rows of each. "gais" needs it.
     quality : str, optional
         Column of numbers, larger for better rows; "kmq" alone uses it.
     ignore : list of str
@@ -117,7 +117,7 @@ def select_rows(
         Draw rows with probability proportional to ``exp(score)`` in place of taking the largest scores.
     compare : list of str
         Further methods to measure beside random and medoids.
-    model : KMQSelector, optional
+    model : KMQSelector or GAIS, optional
         The method with other settings than the defaults.
     hold_out : float
         Share of the rows that cannot be chosen and that the choice is measured on; 0 measures nothing.
@@ -131,6 +131,8 @@ def select_rows(
     """
     tell = progress or (lambda message: None)
     _check(count, fraction, method, compare, scores, draw, hold_out, random_state)
+    if label is None and "gais" in ((method, *compare) if not scores else compare):
+        raise InputError("method gais learns the classes of the rows: name the column with --label (label=...)")
     tell("reading")
     records = read_records(data)
     notes, n = list(records.notes), len(records.ids)
@@ -206,9 +208,22 @@ class _Pool:
             marks = np.zeros(len(self.rows))
             marks[chosen] = 1.0
             return chosen, marks, {}
+        if method == "gais":
+            return self._by_gais(model)
         selector = model or KMQSelector(n_clusters=max(1, min(_CLUSTERS, self.count // 4)), random_state=self.seed)
         chosen = selector.fit(self.rows).select(self.count, self.quality)
         return chosen, selector.log_weights(self.quality), {"clusters": len(selector.cluster_centers_)}
+
+    def _by_gais(self, model: Any) -> tuple[Int[np.ndarray, " b"], np.ndarray, dict[str, Any]]:
+        from salience.data import GAIS  # here, as it needs torch
+
+        if self.classes is None:
+            raise InputError("method gais needs a label")
+        codes = self.classes[1]
+        if model is None:
+            model = GAIS(n_min=2 if self.count >= 2 * (codes.max() + 1) else 1, random_state=self.seed)
+        chosen = model.fit(self.rows, codes).select(self.count)
+        return chosen, model.scores_, {"graph": model.graph, "coverage": model.coverage, "epochs": len(model.losses_)}
 
     def baselines(self, name: str, compare: Sequence[str], tell: Progress) -> dict[str, list[Int[np.ndarray, " b"]]]:
         """Choices of equal size to measure `name` against, random first."""
