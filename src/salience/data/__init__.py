@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
+    from salience.data.inset.baselines import DeepSetSelector, PGMSelector, RandomSelector, SetTransformerSelector
+    from salience.data.inset.exact import ExactDistribution, exact_distribution
+    from salience.data.inset.examples import anomaly_sets, gaussian_sets, registry_sets, top_value_sets, two_moons_sets
+    from salience.data.inset.model import INSET
+    from salience.data.inset.recognition import RecognitionNet
+    from salience.data.inset.selector import SubsetExamples, SubsetSelector, pad_sets
+    from salience.data.inset.training import SelectorHistory, fit_selector, mean_jaccard
+    from salience.data.inset.utility import SetUtility
     from salience.data.kmq.clustering import choose_k
     from salience.data.kmq.gaps import perplexity_scorer, reward_scorer, score_gap
     from salience.data.kmq.iterate import IterativeSelector, Refinement, refine
@@ -58,26 +66,44 @@ _WHERE: dict[str, str] = {
     "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
     "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
     "weight_diagnostics": "loss_reweighting.weighting",
+    "SubsetSelector": "inset.selector", "SubsetExamples": "inset.selector", "pad_sets": "inset.selector",
+    "INSET": "inset.model", "SetUtility": "inset.utility", "RecognitionNet": "inset.recognition",
+    "RandomSelector": "inset.baselines", "DeepSetSelector": "inset.baselines",
+    "SetTransformerSelector": "inset.baselines", "PGMSelector": "inset.baselines", "fit_selector": "inset.training",
+    "mean_jaccard": "inset.training", "SelectorHistory": "inset.training", "exact_distribution": "inset.exact",
+    "ExactDistribution": "inset.exact", "two_moons_sets": "inset.examples", "gaussian_sets": "inset.examples",
+    "anomaly_sets": "inset.examples", "registry_sets": "inset.examples", "top_value_sets": "inset.examples",
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "INSET",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
     "ClusterSelection",
+    "DeepSetSelector",
     "Diversity",
+    "ExactDistribution",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
     "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
+    "PGMSelector",
+    "RandomSelector",
+    "RecognitionNet",
     "Refinement",
     "RowSelection",
+    "SelectorHistory",
     "SequenceLosses",
+    "SetTransformerSelector",
+    "SetUtility",
     "SharedTrunk",
     "SkipBlock",
     "SkipblockNet",
+    "SubsetExamples",
+    "SubsetSelector",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
@@ -87,22 +113,29 @@ __all__ = [
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "anomaly_sets",
     "choose_k",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
+    "exact_distribution",
     "feature_variance",
+    "fit_selector",
+    "gaussian_sets",
     "gumbel_topk",
     "k_center_greedy",
     "kl_reduction",
     "kmeans_medoids",
     "lexical_overlap",
     "loss_weights",
+    "mean_jaccard",
     "mean_log_count",
+    "pad_sets",
     "per_sequence_loss",
     "perplexity_scorer",
     "qdit",
     "refine",
+    "registry_sets",
     "reward_scorer",
     "score_gap",
     "score_text",
@@ -112,6 +145,8 @@ __all__ = [
     "select_text_clusters",
     "selection_report",
     "task_relevance",
+    "top_value_sets",
+    "two_moons_sets",
     "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
