@@ -241,7 +241,7 @@ def test_many_mean_field_steps_come_near_the_exact_marginals() -> None:
     exact, found = exact_distribution(model.utility, V), model.values(V)
     assert float((exact.marginals - 0.5).abs().max()) > 0.1
     assert float((exact.marginals - found.sigmoid()).abs().max()) < 0.03
-    assert bool((exact.kl_of(found) < 0.2 * exact.kl_of(torch.zeros(3, 6))).all())
+    assert bool((exact.kl_of(found) < 0.5 * exact.kl_of(torch.zeros(3, 6))).all())
 
 
 def test_differences_are_taken_in_single_precision() -> None:
@@ -286,7 +286,9 @@ def test_elements_are_drawn_with_their_probability(copula: bool) -> None:
     net = RecognitionNet(encoder(), copula=copula, rank=1, **SMALL)
     log_odds = torch.logit(torch.tensor([[0.1, 0.5, 0.9]]))
     # Of deviation 1 and without factors, g is standard normal and u uniform.
-    found = Recognition(log_odds, torch.ones(1, 3), torch.zeros(1, 3, 1)) if copula else Recognition(log_odds, None, None)
+    found = (
+        Recognition(log_odds, torch.ones(1, 3), torch.zeros(1, 3, 1)) if copula else Recognition(log_odds, None, None)
+    )
     drawn = net.sample(found, 20_000, generator())[0]
     np.testing.assert_allclose(drawn.mean(0), [0.1, 0.5, 0.9], atol=0.02)
     assert abs(float(torch.corrcoef(drawn.T)[0, 1])) < 0.03
@@ -357,7 +359,12 @@ def test_the_greedy_likelihood_by_hand() -> None:
         taken, log_p = torch.zeros(4), 0.0
         for picked in order:
             free = [i for i in range(4) if not taken[i]]
-            values = torch.stack([value_by_hand(model.utility, elements, taken + nn.functional.one_hot(torch.tensor(i), 4)) for i in free])
+            values = torch.stack(
+                [
+                    value_by_hand(model.utility, elements, taken + nn.functional.one_hot(torch.tensor(i), 4))
+                    for i in free
+                ]
+            )
             log_p += float(values.log_softmax(0)[free.index(picked)].detach())
             taken[picked] = 1
         return log_p
@@ -420,7 +427,7 @@ def test_choices_and_scores(name: str) -> None:
     scores = model.scores(V[1], ids=list("abcde"))
     assert scores.unit == "sample" and scores.provenance["method"] == type(model).__name__
     assert list(scores.top(1).ids) == ["abcde"[int(model.select(V[1:2], 1)[0])]]
-    np.testing.assert_allclose(scores.values, values[1], rtol=1e-6)
+    np.testing.assert_allclose(scores.values, values[1], rtol=0, atol=1e-6)
     if model.has_marginals:
         marginals = model.marginals(V)
         torch.testing.assert_close(marginals, values.sigmoid())
@@ -518,17 +525,29 @@ def test_training_ends_when_validation_does_not_improve() -> None:
 
 
 class Breaking(nn.Linear):
-    """Gives NaN once the weights have moved far."""
+    """Gives NaN from its fifth batch on."""
+
+    batches = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + (math.nan if self.training and float(self.weight.abs().max()) > 5 else 0.0)
+        self.batches += self.training
+        return super().forward(x) + (math.nan if self.training and self.batches >= 5 else 0.0)
 
 
 def test_a_loss_that_is_not_finite_stops_training() -> None:
-    model = INSET(lambda: Breaking(3, 6), mode="diffMF", **SMALL)
-    with pytest.raises(InputError, match=r"lr: the loss of the utility is nan in epoch \d+; lower .* 2"):
-        fit_selector(model, easy(), easy(seed=1), generator=generator(), lr=2.0, epochs=20, batch_size=20)
-    assert float(model.utility.encoder.weight.abs().max()) < 5, "the broken weights were kept"
+    def train(layer: type[nn.Linear], epochs: int) -> SubsetSelector:
+        torch.manual_seed(0)
+        model = INSET(lambda: layer(3, 6), mode="diffMF", **SMALL)
+        fit = {"generator": generator(), "lr": 0.01, "batch_size": 20}
+        if layer is Breaking:
+            with pytest.raises(InputError, match=r"lr: the loss of the utility is nan in epoch 2; lower .* 0.01"):
+                fit_selector(model, easy(), easy(seed=1), epochs=epochs, **fit)
+        else:
+            fit_selector(model, easy(), easy(seed=1), epochs=epochs, **fit)
+        return model
+
+    broken, whole = train(Breaking, 9).state_dict(), train(nn.Linear, 1).state_dict()
+    assert all(torch.equal(one, other) for one, other in zip(broken.values(), whole.values())), "not its best state"
 
 
 def test_best_subsets_without_a_side_are_told() -> None:
@@ -677,7 +696,7 @@ def test_bad_examples() -> None:
     ):
         with pytest.raises(error, match=told):
             fit_selector(selector("diffMF"), bad, good, **fit)
-    with pytest.raises(InputError, match="val.S"):
+    with pytest.raises(InputError, match=r"val\.S: shape"):
         fit_selector(selector("diffMF"), good, SubsetExamples(good.V, good.S[:2]), **fit)
     with pytest.raises(InputError, match="epochs, patience, batch_size, clip: got 0"):
         fit_selector(selector("diffMF"), good, good, generator=generator(), epochs=0)

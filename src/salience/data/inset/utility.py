@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -19,7 +20,7 @@ _CELLS = 300 * 300  # rows times elements of a set that are worked on at once
 def feed_forward(inputs: int, hidden: int, outputs: int, layers: int) -> nn.Sequential:
     """`layers` hidden layers with ReLU, then a linear one; without hidden layers it is linear."""
     widths = [inputs, *[hidden] * layers]
-    inner = [part for a, b in zip(widths, widths[1:]) for part in (nn.Linear(a, b), nn.ReLU())]
+    inner = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*inner, nn.Linear(widths[-1], outputs))
 
 
