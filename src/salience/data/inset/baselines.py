@@ -176,7 +176,7 @@ class PGMSelector(SubsetSelector):
 
     def _logits(self, features: Tensor, taken: Tensor, valid: Tensor) -> Float[Tensor, "batch n"]:
         own = torch.eye(features.shape[1], dtype=torch.bool, device=features.device)
-        values = self.utility.value(features, taken[:, None] | own, valid) / self.gamma
+        values = self.utility.value(features, taken[:, None] | own) / self.gamma
         return values.masked_fill(taken | ~valid, -1e9)
 
     def _values(self, V: Tensor, valid: Tensor, seed: int) -> Float[Tensor, "batch n"]:

@@ -136,7 +136,7 @@ class INSET(SubsetSelector):
             log_odds = self.recognition(V, valid).log_odds.detach()
         features = encode(self.utility.encoder, V, valid, self.utility.dim)
         for drawn in uniforms:
-            log_odds = mean_field_step(self.utility, features, log_odds.sigmoid(), drawn, valid)
+            log_odds = mean_field_step(self.utility, features, log_odds.sigmoid(), drawn)
         return log_odds
 
 
@@ -145,7 +145,6 @@ def mean_field_step(
     features: Float[Tensor, "batch n dim"],
     q: Float[Tensor, "batch n"],
     uniforms: Float[Tensor, "batch samples n n"],
-    valid: Bool[Tensor, "batch n"],
 ) -> Float[Tensor, "batch n"]:
     """Log-odds of the next marginals: mean over the samples of F(S + i; V) - F(S - i; V).
 
@@ -153,12 +152,11 @@ def mean_field_step(
     ----------
     utility : SetUtility
     features : (batch, n, dim) Tensor
-        Of the elements, by the utility's encoder.
+        Of the elements, by the utility's encoder; zeros for padding.
     q : (batch, n) Tensor
         Marginals so far.
     uniforms : (batch, samples, n, n) Tensor
         Numbers in [0, 1); an element j is in the subset drawn for i where ``uniforms[…, i, j] < q_j``, and i's own bit
         is set and cleared.
-    valid : (batch, n) bool Tensor
     """
-    return utility.gains(features, uniforms < q.detach()[:, None, None, :], valid).mean(1)
+    return utility.gains(features, uniforms < q.detach()[:, None, None, :]).mean(1)

@@ -15,6 +15,9 @@ from salience.model.at import training_mode
 from salience.scores import Scores
 
 
+_PAIRS = 4_000_000  # pairs of elements that are worked on at once
+
+
 class SubsetExamples(NamedTuple):
     """Ground sets with their best subsets.
 
@@ -99,7 +102,7 @@ class SubsetSelector(nn.Module):
         seed : int
             Of the draws within. What a set gets depends on nothing but the set and this: not on its batch or padding.
         batch_size : int
-            Sets at once.
+            Sets at once, at most; fewer where they are so large that their n^2 draws would fill the memory.
 
         Raises
         ------
@@ -110,9 +113,10 @@ class SubsetSelector(nn.Module):
         """
         V, valid = checked_sets("V", V, valid)
         device = next(self.parameters(), torch.empty(0)).device
+        at_once = max(1, min(batch_size, _PAIRS // V.shape[1] ** 2))
         parts = []
         with training_mode(self, False):
-            for some, which in zip(V.split(batch_size), valid.split(batch_size)):
+            for some, which in zip(V.split(at_once), valid.split(at_once)):
                 which = which.to(device)
                 found = self._values(some.to(device), which, seed)
                 parts.append(found.masked_fill(~which, -torch.inf).to(V.device))

@@ -127,8 +127,8 @@ def fit_selector(
                     if not bool(torch.isfinite(loss)):
                         model.load_state_dict(best)
                         raise InputError(
-                            f"lr: the loss of the {objective.name} is {float(loss.detach())} in epoch {epoch + 1}; lower "
-                            f"the learning rate of {lr:g}. The model holds its best state so far"
+                            f"lr: the loss of the {objective.name} is {float(loss.detach())} in epoch {epoch + 1}; "
+                            f"lower the learning rate of {lr:g}. The model holds its best state so far"
                         )
                     loss.backward()
                     nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -28,14 +28,9 @@ def encode(
     encoder: nn.Module, V: Shaped[Tensor, "batch n ..."], valid: Bool[Tensor, "batch n"], dim: int
 ) -> Float[Tensor, "batch n dim"]:
     """Features of every element; padding never enters the encoder and gets zeros."""
-    if bool(valid.all()):  # the usual case needs no copy
-        found = encoder(V.flatten(0, 1))
-    else:
-        found = encoder(V[valid])
+    found = encoder(V[valid])
     if found.ndim != 2 or found.shape[1] != dim:
         raise InputError(f"encoder: gave shape {tuple(found.shape)} for elements; (elements, dim = {dim}) is needed")
-    if bool(valid.all()):
-        return found.unflatten(0, valid.shape)
     features = found.new_zeros(*valid.shape, dim)
     features[valid] = found
     return features
@@ -106,7 +101,7 @@ class SetUtility(nn.Module):
         V: Shaped[Tensor, "batch n ..."],
         subsets: Shaped[Tensor, "batch *samples n"],
         valid: Bool[Tensor, "batch n"] | None = None,
-    ) -> Float[Tensor, batch * samples]:
+    ) -> Float[Tensor, " batch *samples"]:
         """F of every subset.
 
         Parameters
@@ -124,27 +119,19 @@ class SetUtility(nn.Module):
             raise InputError(
                 f"subsets: shape {tuple(subsets.shape)} for sets of shape {tuple(V.shape[:2])}; (batch, …, n) is needed"
             )
-        return self.value(encode(self.encoder, V, valid, self.dim), subsets, valid)
+        return self.value(encode(self.encoder, V, valid, self.dim), subsets)
 
     def value(
-        self,
-        features: Float[Tensor, "batch n dim"],
-        subsets: Shaped[Tensor, "batch *samples n"],
-        valid: Bool[Tensor, "batch n"],
-    ) -> Float[Tensor, batch * samples]:
+        self, features: Float[Tensor, "batch n dim"], subsets: Shaped[Tensor, "batch *samples n"]
+    ) -> Float[Tensor, " batch *samples"]:
         """F of every subset, from features that are known; padding has features of zero, as `encode` gives them."""
         with torch.autocast(features.device.type, enabled=False):  # see `gains`
             features = _at_least_single(features)
-            pooled = subsets.to(features.dtype).flatten(1, -2) @ features if subsets.ndim > 2 else (
-                subsets.to(features.dtype)[:, None] @ features
-            )  # fmt: skip
-            return self._joined(pooled, self._background(features)).reshape(subsets.shape[:-1])
+            rows = subsets.to(features.dtype).reshape(len(subsets), -1, subsets.shape[-1])
+            return self._joined(rows @ features, self._background(features)).reshape(subsets.shape[:-1])
 
     def gains(
-        self,
-        features: Float[Tensor, "batch n dim"],
-        subsets: Bool[Tensor, "batch samples n n"],
-        valid: Bool[Tensor, "batch n"],
+        self, features: Float[Tensor, "batch n dim"], subsets: Bool[Tensor, "batch samples n n"]
     ) -> Float[Tensor, "batch samples n"]:
         """F(S + i; V) - F(S - i; V), for i and S of each row: row i of `subsets` is a subset for element i.
 
@@ -152,32 +139,31 @@ class SetUtility(nn.Module):
         more than 300 elements are worked on in blocks of rows, and blocks are computed again for the gradient.
         """
         n = features.shape[1]
-        own = torch.eye(n, dtype=torch.bool, device=features.device)
-        others = subsets & ~own & valid[:, None, None, :]
+        others = subsets & ~torch.eye(n, dtype=torch.bool, device=features.device)
         with torch.autocast(features.device.type, enabled=False):
             features = _at_least_single(features)
-            background = self._background(features)
-            step = max(1, _CELLS // n)
-            blocks = []
-            for start in range(0, n, step):
-                arguments = (
-                    features,
-                    others[:, :, start : start + step],
-                    features[:, start : start + step],
-                    background,
-                )
-                if step >= n or not torch.is_grad_enabled():
-                    blocks.append(self._gains_of_rows(*arguments))
-                else:
-                    blocks.append(checkpoint(self._gains_of_rows, *arguments, use_reentrant=False))
-        return torch.cat(blocks, dim=2)
+            rows = max(1, _CELLS // n)
+            if rows >= n:
+                return self._gains_of_rows(features, others, features)
+            return torch.cat(
+                [
+                    checkpoint(self._gains_of_rows, features, some, own, use_reentrant=False)
+                    for some, own in zip(others.split(rows, dim=2), features.split(rows, dim=1))
+                ],
+                dim=2,
+            )
 
-    def _gains_of_rows(self, features: Tensor, others: Tensor, own: Tensor, background: Tensor | None) -> Tensor:
-        without = others.to(features.dtype) @ features[:, None]  # (batch, samples, rows, dim): one product for all
-        shape = without.shape[:-1]
-        with_own = without + own[:, None]
-        above, below = (self._joined(pooled.flatten(1, 2), background) for pooled in (with_own, without))
-        return (above - below).reshape(shape)
+    def _gains_of_rows(
+        self,
+        features: Float[Tensor, "batch n dim"],
+        others: Bool[Tensor, "batch samples rows n"],
+        own: Float[Tensor, "batch rows dim"],
+    ) -> Float[Tensor, "batch samples rows"]:
+        background = self._background(features)
+        below = others.to(features.dtype) @ features[:, None]  # h of S - i for all samples and rows in one product
+        above = below + own[:, None]
+        value_above, value_below = (self._joined(h.flatten(1, 2), background) for h in (above, below))
+        return (value_above - value_below).reshape(others.shape[:-1])
 
     def _background(self, features: Tensor) -> Tensor | None:
         return None if self.of_set is None else self.of_set(features.sum(1, keepdim=True))
