@@ -14,7 +14,6 @@ from salience.errors import DataError, InputError, NothingToDo
 from salience.model.at import training_mode
 from salience.scores import Scores
 
-
 _PAIRS = 4_000_000  # pairs of elements that are worked on at once
 
 
