@@ -67,7 +67,7 @@ def rows(
     names = (method or "kmq").split(",")
     if scores and method:
         raise InputError("--scores replaces the method: leave --method out")
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "kmq": {"--quality": quality, "--clusters": clusters, "--allocation": allocation != "proportional",
                 "--temperature": temperature != 1.0},
         "gais": {"--graph": graph != "minibatch", "--no-coverage": not coverage},

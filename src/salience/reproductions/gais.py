@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 SETS = {"digits": load_digits, "wine": load_wine, "breast cancer": load_breast_cancer}
 REDUCTION, FOLDS, REPLICATES, TURNS = 0.96, 5, 5, 3  # every choice is made with three draws of the buckets
 LEARNERS = (KNeighborsClassifier(1), LogisticRegression(max_iter=1000))
-HASHED = {"sl_lsh": {}, "ml_lsh": {"levels": (4, 8, 12)}, "mv_lsh": {"n_views": 4}}
+HASHED: dict[str, dict[str, Any]] = {"sl_lsh": {}, "ml_lsh": {"levels": (4, 8, 12)}, "mv_lsh": {"n_views": 4}}
 KEPT = "selections with every class at its quota"
 GROWTH = "largest growth of the seconds to build a graph, 5,000 to 20,000 rows"
 MEMORY = "largest peak memory with 100,000 rows, GB"
@@ -92,8 +92,8 @@ def reproduce(run: Run) -> Outcome:
                 together.append(at_quota(fold.y, np.argsort(-model.scores_)[: len(model.selected_idx_)]))
                 for other, chosen in equal_size(fold, len(model.selected_idx_)).items():
                     each.setdefault(other, []).append(worth(fold, chosen))
-            for scorer, values in each.items():
-                found.setdefault(scorer, []).append(float(np.mean(values)))
+            for scorer, worths in each.items():
+                found.setdefault(scorer, []).append(float(np.mean(worths)))
 
     # Measure: pairs are replicates of a data set.
     values = {name: np.array(each) for name, each in found.items()}

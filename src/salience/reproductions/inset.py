@@ -154,7 +154,7 @@ class OfFirst(nn.Module):
         self.register_buffer("subset", torch.arange(SET) < SUBSET)
 
     def forward(self, sets: Tensor) -> Tensor:
-        return self.utility(sets, self.subset.expand(len(sets), -1))
+        return self.utility(sets, self.subset.expand(len(sets), -1))  # type: ignore[operator]
 
 
 def relative_error(
@@ -235,7 +235,7 @@ def moons(run: Run) -> dict[str, float]:
     for name, fuse in (("INSET", "hidden"), ("EquiVSet", "none")):
         run.step(f"two moons, {name}")
         with nets.seeded(run.seed):
-            model = INSET(lambda: nn.Linear(2, 256), fuse=fuse)  # type: ignore[arg-type]
+            model = INSET(lambda: nn.Linear(2, 256), fuse=fuse)
         fit_selector(model, parts[0], parts[1], generator=run.generator("moons"))
         found[f"two moons, {name}"] = judged_choice(model, parts[2])
         for n, test in larger.items():

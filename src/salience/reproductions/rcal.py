@@ -326,7 +326,7 @@ def simulate(run: Run, trials: int) -> dict[tuple[int, float], float]:
                 noisy = flip_labels(true, ETA, kind="class-prior", random_state=rng)
                 noisy[-2:] = 5  # two rows of the tail class at least
                 plain = robust_gaussians(z, noisy, contamination=0.0)
-                calibrated = calibrate_tail(plain, head=range(5), mean=True, cov=False)  # type: ignore[arg-type]
+                calibrated = calibrate_tail(plain, head=range(5), mean=True, cov=False)
                 errors += np.linalg.norm(plain.mean[5]), np.linalg.norm(calibrated.mean[5])
             ratios[rows, distance] = float(errors[1] / errors[0])
     return ratios

@@ -20,7 +20,7 @@ class Edges(NamedTuple):
         In (0, 1]; 1 for self loops.
     """
 
-    index: Int[np.ndarray, "2 e"]
+    index: Int[np.ndarray, "2 e"]  # type: ignore[assignment]  # a tuple has a method of that name
     weight: Float[np.ndarray, " e"]
 
     @classmethod

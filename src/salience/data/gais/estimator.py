@@ -234,7 +234,7 @@ class GAIS(BaseEstimator):
                            max_neighbors=self.max_neighbors)  # fmt: skip
         return hashed, hashed.rounds(self.n_rounds)
 
-    def _validated(self, X: ArrayLike, y: ArrayLike) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
+    def _validated(self, X: Any, y: ArrayLike) -> tuple[Float[np.ndarray, "n d"], Int[np.ndarray, " n"]]:
         if y is None:
             raise DataError("requires y to be passed, but the target y is None: GAIS learns the classes of the rows")
         if issparse(X):

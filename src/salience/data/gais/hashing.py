@@ -119,7 +119,7 @@ class HashGraph:
     def batches(self, number: int) -> Iterator[GraphBatch]:
         """The batches of one round, with the edges inside them."""
         n, tables = self.codes.shape
-        chance = np.random.default_rng([self.seed, number]).random(n)
+        chance = np.random.default_rng([self.seed, number]).random((n,))
         order = np.lexsort((chance, self.codes[:, number % tables])) if n > _BLOCK else np.arange(n)
         place = np.full(n + 1, -1)  # the last entry stands for no neighbour
         for rows in np.array_split(order, -(-n // _BLOCK)):

@@ -93,8 +93,8 @@ class SetUtility(nn.Module):
             self.out = nn.Sequential(nn.ReLU(), nn.Linear(hidden, 1))
         else:
             self.of_subset = feed_forward(dim, hidden, 1, layers)
-            self.of_set = feed_forward(dim, hidden, 1, layers) if fuse == "scalar" else None
-            self.out = nn.Identity() if fuse == "none" else (nn.Sigmoid() if sigma is None else sigma)
+            self.of_set = feed_forward(dim, hidden, 1, layers) if fuse == "scalar" else None  # type: ignore[assignment]
+            self.out = nn.Identity() if fuse == "none" else (nn.Sigmoid() if sigma is None else sigma)  # type: ignore[assignment]
 
     def forward(
         self,
