@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from salience.data.bias_loss.trainer import TrainerBiasLoss
     from salience.data.bias_loss.variance import feature_variance
     from salience.data.bias_loss.weighted import BiasLoss
+    from salience.data.desmil.dependence import hsic, interest_dependence, rff
+    from salience.data.desmil.extractors import ComiRecDR, ComiRecSA, MultiInterest
+    from salience.data.desmil.recommender import DESMIL
+    from salience.data.desmil.sequences import history_and_truth, ood_sequences, recall_ndcg_hit
+    from salience.data.desmil.weighting import StableWeights
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
@@ -54,17 +59,24 @@ _WHERE: dict[str, str] = {
     "SkipblockNet": "bias_loss.skipblock", "TrainerBiasLoss": "bias_loss.trainer",
     "diversity_report": "bias_loss.diversity", "diversity_scores": "bias_loss.diversity",
     "feature_variance": "bias_loss.variance",
+    "hsic": "desmil.dependence", "interest_dependence": "desmil.dependence", "rff": "desmil.dependence",
+    "ComiRecDR": "desmil.extractors", "ComiRecSA": "desmil.extractors", "MultiInterest": "desmil.extractors",
+    "DESMIL": "desmil.recommender", "StableWeights": "desmil.weighting", "history_and_truth": "desmil.sequences",
+    "ood_sequences": "desmil.sequences", "recall_ndcg_hit": "desmil.sequences",
     "LossReweighter": "loss_reweighting.reweighter", "SequenceLosses": "loss_reweighting.sequences",
     "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
     "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
     "weight_diagnostics": "loss_reweighting.weighting",
 }  # fmt: skip
 __all__ = [
+    "DESMIL",
     "DSIR",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
     "ClusterSelection",
+    "ComiRecDR",
+    "ComiRecSA",
     "Diversity",
     "HashedNgrams",
     "HeuristicClassifier",
@@ -72,12 +84,14 @@ __all__ = [
     "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
+    "MultiInterest",
     "Refinement",
     "RowSelection",
     "SequenceLosses",
     "SharedTrunk",
     "SkipBlock",
     "SkipblockNet",
+    "StableWeights",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
@@ -93,17 +107,23 @@ __all__ = [
     "diversity_scores",
     "feature_variance",
     "gumbel_topk",
+    "history_and_truth",
+    "hsic",
+    "interest_dependence",
     "k_center_greedy",
     "kl_reduction",
     "kmeans_medoids",
     "lexical_overlap",
     "loss_weights",
     "mean_log_count",
+    "ood_sequences",
     "per_sequence_loss",
     "perplexity_scorer",
     "qdit",
+    "recall_ndcg_hit",
     "refine",
     "reward_scorer",
+    "rff",
     "score_gap",
     "score_text",
     "select_rows",
