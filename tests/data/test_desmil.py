@@ -88,6 +88,8 @@ def test_weights_that_undo_a_selection_undo_the_dependence() -> None:
     undone = (1 / both.float()).repeat_interleave(both) / 4
     assert float(hsic(a, b, bandwidth=1.0)) > 0.01
     assert float(hsic(a, b, undone, 1.0)) == pytest.approx(0, abs=1e-7)
+    alone = torch.eye(10)[0]
+    assert float(hsic(a, b, alone)) == pytest.approx(0, abs=1e-6)
     z = torch.stack([a, b], 1)
     for method in ("rff", "hsic", "linear"):
         assert float(interest_dependence(z, undone, method, generator=seeded(0))) == pytest.approx(0, abs=1e-6)

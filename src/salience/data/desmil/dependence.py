@@ -60,7 +60,7 @@ def hsic(
     with torch.autocast(x.device.type, enabled=False):
         grams = centred(torch.stack([_gaussian(as_float("x", x), bandwidth), _gaussian(as_float("y", y), bandwidth)]))
         w = _checked_weights(weights, x)
-        return pairwise_dependence(grams, w) / (1 - w.square().sum()) ** 2
+        return pairwise_dependence(grams, w) / _left(w)
 
 
 def rff(
@@ -140,7 +140,7 @@ def interest_dependence(
     w = _checked_weights(weights, z)
     with torch.autocast(z.device.type, enabled=False):
         total = pairwise_dependence(grams_of(z, method, features, joint, generator), w)
-        return total / (1 - w.square().sum()) ** 2 if method == "hsic" else total
+        return total / _left(w) if method == "hsic" else total
 
 
 def hsic_with_and_without(z: Float[Tensor, "n K d"], w: Float[Tensor, " n"]) -> tuple[float, float]:
@@ -150,7 +150,7 @@ def hsic_with_and_without(z: Float[Tensor, "n K d"], w: Float[Tensor, " n"]) -> 
     with torch.autocast(z.device.type, enabled=False), torch.no_grad():
         grams = grams_of(z.detach(), "hsic", 1, False, None)
         both = (torch.full_like(w, 1 / len(w)), w)
-        equal, weighted = (float(pairwise_dependence(grams, u) / (1 - u.square().sum()) ** 2) for u in both)
+        equal, weighted = (float(pairwise_dependence(grams, u) / _left(u)) for u in both)
     return equal, weighted
 
 
@@ -212,12 +212,16 @@ def check_blocks(z: Tensor) -> None:
         raise InputError(f"z: shape {tuple(z.shape)}; (samples, vectors, width) is needed")
 
 
+def _left(w: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+    """The factor of weighted HSIC; away from 0, so that it is 0 where one sample has all the weight."""
+    return (1 - w.square().sum()).clamp(min=0.1).square()
+
+
 def _gaussian(x: Float[Tensor, "n d"], bandwidth: float | Literal["median"]) -> Float[Tensor, "n n"]:
     squares = x.square().sum(1)
     distances = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
     if bandwidth == "median":
-        rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
-        each = distances[rows, columns]
+        each = torch.pdist(x).square()
         sigma2 = each.median()
         if not float(sigma2) > 0:  # most samples are alike: the mean tells the others apart
             sigma2 = each.mean().clamp(min=torch.finfo(x.dtype).tiny)
