@@ -80,6 +80,17 @@ def test_hsic_tells_dependent_from_independent() -> None:
     assert np.mean(np.array(permuted) >= float(hsic(x, noise))) > 0.05
 
 
+def test_hsic_of_samples_that_are_mostly_alike() -> None:
+    same = normal(1, 3).expand(30, 3) * 100
+    assert float(hsic(same, normal(30, 2))) == pytest.approx(0, abs=1e-7)
+    few = torch.zeros(30, 1)
+    few[:6] = 1.0
+    assert float(hsic(few, few)) > 10 * abs(float(hsic(few, few.roll(15, 0)))) > 0
+    same = same.clone().requires_grad_()
+    hsic(same, normal(30, 2)).backward()
+    assert bool(same.grad.isfinite().all())
+
+
 def test_weights_that_undo_a_selection_undo_the_dependence() -> None:
     x = torch.tensor([[0.0], [0.0], [1.0], [1.0]])
     y = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
@@ -538,7 +549,7 @@ def test_it_learns_what_follows() -> None:
     assert again.history_ == trained.history_
     assert torch.equal(again.recommend(histories, 5), trained.recommend(histories, 5))
     assert trained.weights_.mean() == pytest.approx(1) and np.ptp(trained.weights_) > 0.01
-    scores = trained.scores([f"user {row}" for row in range(160)])
+    scores = trained.sample_scores([f"user {row}" for row in range(160)])
     weigher = LossReweighter("uniform", burn_in=0, scores=scores, temperature=1.0)
     assert weigher.coefficients(torch.ones(2), ids=["user 0", "user 1"]).sum() == pytest.approx(1)
 

@@ -42,7 +42,7 @@ def hsic(
     weights : (n,) Tensor, optional
         Not negative, with sum 1.
     bandwidth : float or "median"
-        sigma; by default, for each side, the median distance between two samples.
+        sigma; by default, for each side, the median distance between two samples (their mean where it is 0).
 
     Raises
     ------
@@ -221,10 +221,10 @@ def _gaussian(x: Float[Tensor, "n d"], bandwidth: float | Literal["median"]) -> 
     squares = x.square().sum(1)
     distances = (squares[:, None] + squares - 2 * x @ x.T).clamp(min=0)
     if bandwidth == "median":
-        each = torch.pdist(x).square()
+        each = torch.pdist(x.detach()).square()
         sigma2 = each.median()
         if not float(sigma2) > 0:  # most samples are alike: the mean tells the others apart
-            sigma2 = each.mean().clamp(min=torch.finfo(x.dtype).tiny)
+            sigma2 = each.mean() if each.any() else torch.ones_like(sigma2)
     else:
         sigma2 = torch.as_tensor(float(bandwidth) ** 2)
     return torch.exp(-distances / (2 * sigma2))

@@ -143,7 +143,7 @@ class DESMIL:
         with training_mode(self.model, False):
             return torch.cat([self.model.recommend(part.to(device), n).cpu() for part in history.split(512)])
 
-    def scores(self, ids: Sequence[str | int] | None = None) -> Scores:
+    def sample_scores(self, ids: Sequence[str | int] | None = None) -> Scores:
         """The weights of the training sequences, as `Scores` for selections or other training."""
         name = {"method": "desmil", "model": type(self.model).__name__}
         return Scores(self.weights_, range(len(self.weights_)) if ids is None else ids, "sample", name)
