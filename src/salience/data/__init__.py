@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
     from salience.data.loss_reweighting.trainer import TrainerReweighting
     from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
+    from salience.data.pir.judges import chat_judge, model_judge
+    from salience.data.pir.pruning import comparator, efficiency, pattern_stats, prune_steps
+    from salience.data.pir.refiner import PIR
+    from salience.data.pir.scoring import AnswerScorer
+    from salience.data.pir.steps import Judgement, Step, classify_steps, segment_reasoning
+    from salience.data.pir.traces import TraceRefinement, refine_traces
     from salience.data.row_baselines import deita_filter, k_center_greedy, kmeans_medoids, qdit
     from salience.data.row_selection import RowSelection, select_rows
     from salience.data.text_clusters import ClusterSelection, select_text_clusters
@@ -43,6 +49,11 @@ _WHERE: dict[str, str] = {
     "deita_filter": "row_baselines", "k_center_greedy": "row_baselines", "kmeans_medoids": "row_baselines",
     "qdit": "row_baselines", "select_rows": "row_selection", "RowSelection": "row_selection",
     "select_text_clusters": "text_clusters", "ClusterSelection": "text_clusters",
+    "PIR": "pir.refiner", "AnswerScorer": "pir.scoring", "Step": "pir.steps", "Judgement": "pir.steps",
+    "segment_reasoning": "pir.steps", "classify_steps": "pir.steps", "chat_judge": "pir.judges",
+    "model_judge": "pir.judges", "prune_steps": "pir.pruning", "comparator": "pir.pruning",
+    "pattern_stats": "pir.pruning", "efficiency": "pir.pruning", "refine_traces": "pir.traces",
+    "TraceRefinement": "pir.traces",
     "select_text": "text_selection", "score_text": "text_selection", "TextSelection": "text_selection",
     "AlreadyDone": "text_selection",
     "task_relevance": "lasso_task_selection.relevance", "TaskRelevance": "lasso_task_selection.relevance",
@@ -61,14 +72,17 @@ _WHERE: dict[str, str] = {
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "PIR",
     "ActiveRun",
     "AlreadyDone",
+    "AnswerScorer",
     "BiasLoss",
     "ClusterSelection",
     "Diversity",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
+    "Judgement",
     "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
@@ -78,19 +92,25 @@ __all__ = [
     "SharedTrunk",
     "SkipBlock",
     "SkipblockNet",
+    "Step",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
+    "TraceRefinement",
     "TrainerBiasLoss",
     "TrainerReweighting",
     "TrunkMTRL",
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "chat_judge",
     "choose_k",
+    "classify_steps",
+    "comparator",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
+    "efficiency",
     "feature_variance",
     "gumbel_topk",
     "k_center_greedy",
@@ -99,13 +119,18 @@ __all__ = [
     "lexical_overlap",
     "loss_weights",
     "mean_log_count",
+    "model_judge",
+    "pattern_stats",
     "per_sequence_loss",
     "perplexity_scorer",
+    "prune_steps",
     "qdit",
     "refine",
+    "refine_traces",
     "reward_scorer",
     "score_gap",
     "score_text",
+    "segment_reasoning",
     "select_rows",
     "select_tasks",
     "select_text",

@@ -1,0 +1,1 @@
+"""Perplexity-based importance refinement: drop the functional steps of a reasoning trace that its answer does not need."""
