@@ -151,7 +151,9 @@ def test_the_same_whatever_the_batch_the_files_and_the_format(jsonl: Path, model
     pq.write_table(pa.Table.from_pylist(traces()), parquet, row_group_size=5)
     found = []
     for source, out, batch in ((jsonl, "a.jsonl", 8), (jsonl, "b.jsonl", 1), (parquet, "c.parquet", 8)):
-        code, told, err = run(capsys, *base(source, model, tmp_path / out), "--ratio", 0.5, "--batch-size", batch, "--json")
+        code, told, err = run(
+            capsys, *base(source, model, tmp_path / out), "--ratio", 0.5, "--batch-size", batch, "--json"
+        )
         assert code == 0, err
         found.append(json.loads(told))
     assert (tmp_path / "c.parquet.manifest.json").exists()
@@ -171,13 +173,20 @@ def test_ready_steps_one_pattern_and_other_names(model: Path, tmp_path: Path, ca
     code, told, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"), "--ratio", 0.5, "--question", "q", "--reasoning",
                           "steps", "--answer", "a", "--pattern", "verification", "--json")  # fmt: skip
     assert code == 0, err
-    assert json.loads(told)["removed"] == {"progressive": 0, "verification": 6, "multi_method": 0, "error_correction": 0}
+    assert json.loads(told)["removed"] == {
+        "progressive": 0,
+        "verification": 6,
+        "multi_method": 0,
+        "error_correction": 0,
+    }
     assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])["steps"] == ["It is 3.", " Wait, it is 5."]
 
 
 def test_a_local_model_as_judge(model: Path, tmp_path: Path, capsys) -> None:
     path = tmp_path / "plain.jsonl"
-    path.write_text("".join(json.dumps({**row, "reasoning": "It is 3.\n\nIt is 4.\n\nIt is 5."}) + "\n" for row in traces(2)))
+    path.write_text(
+        "".join(json.dumps({**row, "reasoning": "It is 3.\n\nIt is 4.\n\nIt is 5."}) + "\n" for row in traces(2))
+    )
     code, _, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"))
     assert code == 4 and "no step of any trace is functional" in err and "--judge" in err
     code, _, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"), "--judge", model, "--ratio", 0.9)
@@ -191,11 +200,23 @@ def test_a_chat_endpoint_as_judge(model: Path, tmp_path: Path, capsys, monkeypat
     from test_pir_judges import Fake, ok
 
     path, fake = tmp_path / "plain.jsonl", Fake()
-    path.write_text("".join(json.dumps({**row, "reasoning": "It is 3.\n\nIt is 4.\n\nIt is 5."}) + "\n" for row in traces(6)))
-    reply = json.dumps([{"step": n, "pattern": "verification" if n else "progressive", "relates_to": 0} for n in range(3)])
+    path.write_text(
+        "".join(json.dumps({**row, "reasoning": "It is 3.\n\nIt is 4.\n\nIt is 5."}) + "\n" for row in traces(6))
+    )
+    reply = json.dumps(
+        [{"step": n, "pattern": "verification" if n else "progressive", "relates_to": 0} for n in range(3)]
+    )
     fake.script = [ok(reply)] * 6
     monkeypatch.setenv("JUDGE_KEY", "secret")
-    command = [*base(path, model, tmp_path / "o.jsonl"), "--judge", fake.url, "--judge-model", "judge-1", "--ratio", 0.5]
+    command = [
+        *base(path, model, tmp_path / "o.jsonl"),
+        "--judge",
+        fake.url,
+        "--judge-model",
+        "judge-1",
+        "--ratio",
+        0.5,
+    ]
     code, _, err = run(capsys, *command, "--judge-key", "JUDGE_KEY")
     fake.close()
     assert code == 0, err
@@ -238,17 +259,23 @@ def test_long_traces_stop_the_run_or_are_skipped(jsonl: Path, model: Path, tmp_p
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_model(jsonl: Path, tmp_path: Path, capsys) -> None:
-    code, told, _ = run(capsys, *base(jsonl, tmp_path / "none", tmp_path / "o.jsonl"), "--dry-run", "--json", "--ratio", 0.5)
+    code, told, _ = run(
+        capsys, *base(jsonl, tmp_path / "none", tmp_path / "o.jsonl"), "--dry-run", "--json", "--ratio", 0.5
+    )
     plan = json.loads(told)
     assert code == 0 and plan["traces"] == 12 and plan["steps"]["verification"] == 36
     assert plan["remove"] == {"progressive": 0, "verification": 12, "multi_method": 12, "error_correction": 0}
     assert plan["passes"] == 12 * 6 and not list(tmp_path.iterdir())
 
 
-def test_nothing_is_replaced_unasked_and_nothing_is_left_of_a_failure(jsonl: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_nothing_is_replaced_unasked_and_nothing_is_left_of_a_failure(
+    jsonl: Path, model: Path, tmp_path: Path, capsys
+) -> None:
     command = [*base(jsonl, model, tmp_path / "o.jsonl"), "--ratio", 0.5]
     code, _, err = run(capsys, *base(jsonl, model, tmp_path / "o.jsonl"), "--ratio", 0.1)
-    assert code == 4 and "nothing is removed at ratio 0.1: no trace has 10 steps" in err and not list(tmp_path.iterdir())
+    assert (
+        code == 4 and "nothing is removed at ratio 0.1: no trace has 10 steps" in err and not list(tmp_path.iterdir())
+    )
     assert run(capsys, *command)[0] == 0
     code, _, err = run(capsys, *command)
     assert code == 2 and "--overwrite" in err
@@ -289,4 +316,6 @@ def test_tables_in_memory(model: Path, tmp_path: Path) -> None:
     found = refine_traces(pa.Table.from_pylist(traces(6)), tmp_path / "o.parquet", pir)
     assert found.refined == 6 and pq.read_table(tmp_path / "o.parquet").num_rows == 6
     with pytest.raises(NothingToDo):
-        refine_traces(pa.Table.from_pylist(traces(6)), tmp_path / "p.parquet", PIR(loaded.model, loaded.processor, ratio=0.0))
+        refine_traces(
+            pa.Table.from_pylist(traces(6)), tmp_path / "p.parquet", PIR(loaded.model, loaded.processor, ratio=0.0)
+        )

@@ -97,7 +97,14 @@ def test_a_functional_marker_opens_a_step_and_a_progressive_one_ends_it() -> Non
     assert [step.pattern for step in found] == [
         "progressive", "verification", "progressive", "multi_method", "error_correction", "progressive",
     ]  # fmt: skip
-    assert [step.marker for step in found] == ["We need to", "Wait", "Then", "Alternatively", "This is wrong", "Therefore"]
+    assert [step.marker for step in found] == [
+        "We need to",
+        "Wait",
+        "Then",
+        "Alternatively",
+        "This is wrong",
+        "Therefore",
+    ]
     assert [step.relates_to for step in found] == [None, 0, None, 2, 2, None]
 
 
@@ -153,7 +160,10 @@ def test_a_judge_decides_where_there_is_no_marker() -> None:
 @pytest.mark.parametrize(
     ("judge", "told"),
     [
-        (lambda steps, unmarked: ["verify"], "called step 0 'verify', which is no pattern .nearest names: 'verification'"),
+        (
+            lambda steps, unmarked: ["verify"],
+            "called step 0 'verify', which is no pattern .nearest names: 'verification'",
+        ),
         (lambda steps, unmarked: [], "gave 0 judgements for 1 steps"),
         (lambda steps, unmarked: [("verification", 4)], "related step 0 to step 4"),
     ],
@@ -202,7 +212,9 @@ def test_answer_nll_equals_direct_evaluation_on_every_path(family: str, tokenize
     assert state_hash(model) == before
 
 
-@given(st.lists(st.text("ab ", min_size=1, max_size=12), min_size=1, max_size=6), st.integers(0, 2**6 - 1), st.booleans())
+@given(
+    st.lists(st.text("ab ", min_size=1, max_size=12), min_size=1, max_size=6), st.integers(0, 2**6 - 1), st.booleans()
+)
 def test_any_choice_of_steps(texts: list[str], bits: int, link: bool) -> None:
     model, scorer = _shared()
     scorer._parts = ("", " ", "." if link else "")
@@ -318,7 +330,11 @@ def test_the_comparators() -> None:
     rule = {tuple(comparator(steps, 1, "rule", rng)) for _ in range(50)}
     assert rule == {(1,), (2,)} and {comparator(steps, 1, "random", rng)[0] for _ in range(80)} == {0, 1, 2, 3}
     assert comparator(steps, 0, "rule", rng) == []
-    for bad, told in [((3, "rule", rng), "2 steps to choose from"), ((1, "rule"), "give rng"), ((1, "best"), "kind must be")]:
+    for bad, told in [
+        ((3, "rule", rng), "2 steps to choose from"),
+        ((1, "rule"), "give rng"),
+        ((1, "best"), "kind must be"),
+    ]:
         with pytest.raises(InputError, match=told):
             comparator(steps, *bad)
     steps[0].pir = None
@@ -368,7 +384,9 @@ def test_a_data_set_in_gives_a_data_set_out(long_model, tokenizer) -> None:
     assert [row["id"] for row in expected] == [7, 8] and expected[0]["reasoning"] != TRACE
     for table in (pd.DataFrame(rows), pa.Table.from_pylist(rows)):
         found = pir.refine_dataset(table)
-        assert isinstance(found, pa.Table) and found.column("reasoning").to_pylist() == [r["reasoning"] for r in expected]
+        assert isinstance(found, pa.Table) and found.column("reasoning").to_pylist() == [
+            r["reasoning"] for r in expected
+        ]
         assert found.column("pir").to_pylist()[0]["tokens_after"] == expected[0]["pir"]["tokens_after"]
     with pytest.raises(InputError, match="is no data set"):
         pir.refine_dataset(3)
@@ -386,7 +404,7 @@ def test_datasets_of_hugging_face(long_model, tokenizer) -> None:
 def test_what_is_too_long_is_refused_or_skipped_and_never_cut(tokenizer) -> None:
     model = build("gpt2")  # reads 128
     long = {**EXAMPLE, "reasoning": "Wait, no. " * 60}
-    with pytest.raises(TooLong, match="have [0-9,]+ tokens; the model reads 128"):
+    with pytest.raises(TooLong, match=r"have [0-9,]+ tokens; the model reads 128"):
         PIR(model, tokenizer).refine(long)
     with pytest.raises(TooLong, match="the model reads 40"):
         PIR(build("llama"), tokenizer, max_length=40).refine(EXAMPLE)

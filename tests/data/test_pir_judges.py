@@ -103,7 +103,12 @@ def test_an_answer_that_cannot_be_used_is_asked_for_again(fake: Fake) -> None:
 
 
 def test_an_overloaded_server_is_asked_again_after_growing_pauses(fake: Fake) -> None:
-    fake.script = [(429, b"slow down", {"Retry-After": "7"}), (503, b"", {}), (200, b"<html>", {}), ok(json.dumps(GOOD))]
+    fake.script = [
+        (429, b"slow down", {"Retry-After": "7"}),
+        (503, b"", {}),
+        (200, b"<html>", {}),
+        ok(json.dumps(GOOD)),
+    ]
     pauses: list[float] = []
     classify_steps(STEPS, chat_judge(fake.url, "m", sleep=pauses.append))
     assert pauses == [7.0, 1.0, 2.0]

@@ -13,6 +13,7 @@ Headline of the paper: S1-32B on AIME 37.9 to 42.1 with 29 % fewer tokens after 
 
 from __future__ import annotations
 
+import copy
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,19 +34,21 @@ from salience.reproductions.worlds import nets
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BASE = 5  # the brief setting has 10; a table of 100 sums takes the small models too long
 RATIO, TEMPLATE = 0.5, "{question};{reasoning}={answer}"
 CHARACTERS = string.digits + string.ascii_lowercase + "WAE;=."
 DRAWS = 8  # of random removal
 
 
 class Setting(NamedTuple):
-    """Sums of long and short chains; batches of each that the evaluator sees; chains judged; for the retraining,
-    chains, passes over them, problems and samples of each."""
+    """Sums of long and short chains; batches of each that the evaluator sees; chains judged, and how many of them with
+    scores of all steps; for the retraining, chains, passes over them, problems and samples of each."""
 
     long: int
     short: int
     batches: int
     judged: int
+    spirit: int
     chains: int
     epochs: int
     problems: int
@@ -53,9 +56,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "smoke": Setting(6, 4, 4, 12, 40, 1, 4, 2),
-    "desk": Setting(24, 8, 300, 250, 1500, 12, 150, 8),
-    "full": Setting(24, 8, 3000, 2000, 15000, 12, 1000, 8),
+    "smoke": Setting(6, 4, 4, 12, 6, 40, 1, 4, 2),
+    "desk": Setting(24, 8, 480, 250, 40, 1000, 6, 150, 8),
+    "full": Setting(24, 8, 3000, 2000, 2000, 15000, 12, 1000, 8),
 }
 
 
@@ -83,16 +86,16 @@ class World:
 
     def draw(self, sums: int, rng: np.random.Generator, last: bool | None = None) -> Problem:
         """One problem with so many sums; `last` settles whether the last one is stated wrongly and corrected."""
-        digits = rng.integers(10, size=sums + 1).tolist()
+        digits = rng.integers(BASE, size=sums + 1).tolist()
         letters = string.ascii_lowercase[: sums + 1]
         total, steps = digits[0], []
         wrong = False
         for number, (letter, digit) in enumerate(zip(letters[1:], digits[1:])):
-            before, total = total, (total + digit) % 10
+            before, total = total, (total + digit) % BASE
             wrong = bool(rng.random() < 0.25)
             if last is not None and number == sums - 1:
                 wrong = last
-            stated = (total + int(rng.integers(1, 10))) % 10 if wrong else total
+            stated = (total + int(rng.integers(1, BASE))) % BASE if wrong else total
             steps.append(Step(f"{letter}{digit}{before}{stated}", "progressive"))
             if wrong:
                 steps.append(Step(f"E{total}", "error_correction"))
@@ -114,44 +117,46 @@ class World:
 
 
 def network(seed: int) -> Any:
-    """A Llama with 2 layers of width 128."""
+    """A Llama with 2 layers of width 64."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with nets.seeded(seed):
         return LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(CHARACTERS), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
+            vocab_size=len(CHARACTERS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, initializer_range=0.12, max_position_embeddings=512, bos_token_id=None,
+            eos_token_id=None,
         ))  # fmt: skip
 
 
-def train(model: Any, batches: Sequence[torch.Tensor], rate: float = 3e-3) -> None:
-    """AdamW with warm-up and linear decay; only one end of each text counts."""
+def train(model: Any, batches: Sequence[torch.Tensor], rate: float) -> None:
+    """AdamW with warm-up and linear decay; the answer, one token of many, counts five times; one end of each text."""
     optimizer = torch.optim.AdamW(model.parameters(), rate)
-    end = CHARACTERS.index(".")
+    end, equals = CHARACTERS.index("."), CHARACTERS.index("=")
     with training_mode(model, True):
         for number, ids in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min((number + 1) / 30, 1.05 - number / len(batches))
-            targets = ids[:, 1:].masked_fill((ids[:, :-1] == end), -100)
-            loss = cross_entropy(model(input_ids=ids[:, :-1]).logits.flatten(0, 1), targets.flatten())
+            given, targets = ids[:, :-1], ids[:, 1:]
+            weights = (given != end).float() + 4.0 * (given == equals)
+            losses = cross_entropy(model(input_ids=given).logits.transpose(1, 2), targets, reduction="none")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            ((losses * weights).sum() / weights.sum()).backward()
             optimizer.step()
 
 
 def evaluator(run: Run, world: World, setting: Setting) -> Any:
-    """The scoring model: long and short chains in turn, half of them without some of their redundant steps."""
+    """The scoring model: short chains and some long ones, half of them without some of their redundant steps."""
     rng, model = run.rng("evaluator"), network(run.seed)
     batches = []
-    for number in range(2 * setting.batches):
-        sums, rows = ((setting.long, 24), (setting.short, 64))[number % 2]
+    for number in range(setting.batches):
+        sums, rows = (setting.long, 20) if number % 5 == 4 else (setting.short, 64)
         texts = []
         for row in range(rows):
             problem = world.draw(sums, rng)
             redundant = [at for at, step in enumerate(problem.steps) if step.pattern in FUNCTIONAL[:2]]
             texts.append(world.text(problem, [at for at in redundant if row % 2 and rng.random() < 0.5]))
         batches.append(world.ids(texts))
-    train(model, batches)
+    train(model, batches, 5e-3)
     return model
 
 
@@ -198,8 +203,9 @@ def reproduce(run: Run) -> Outcome:
     run.step("scoring chains")
     rng = run.rng("judged")
     problems = [world.draw(setting.long, rng, last=bool(number % 2)) for number in range(setting.judged)]
-    for problem in problems:
-        pir.score(problem.question, problem.steps, problem.answer, PATTERNS)
+    for number, problem in enumerate(problems):
+        patterns = PATTERNS if number < setting.spirit else FUNCTIONAL
+        pir.score(problem.question, problem.steps, problem.answer, patterns)
     judged = Judged(model, world, problems, run)
 
     # Retraining
@@ -215,8 +221,8 @@ def reproduce(run: Run) -> Outcome:
                                       for what, value in arm.items()}}  # fmt: skip
     figures |= compared(arms, "PIR")
     return Outcome(
-        claim="dropping the supporting steps that the model's confidence in the answer does not need shortens traces at "
-        "about the accuracy of full traces, well above dropping as many at random",
+        claim="dropping the supporting steps that the model's confidence in the answer does not need shortens traces "
+        "at about the accuracy of full traces, well above dropping as many at random",
         level="mechanism",
         figures=figures,
         bars=[
@@ -230,12 +236,12 @@ def reproduce(run: Run) -> Outcome:
         ],
         controls=[
             Control("random scores", "random", {**judged.control("random"), **compared(arms, "random")}),
-            Control("perplexity of the step itself", "fake", {**judged.control("fake"), **compared(arms, "fake")}),
+            Control("perplexity of the step itself", "fake", judged.control("fake")),
         ],
         pictures={"PIR by the role of the step, and accuracy after pruning": picture(judged)},
         notes=[
-            "A correction is needed where it is the last one before the answer; the AUC of earlier ones, which the next "
-            "step carries on, and of all is told beside it.",
+            "A correction is needed where it is the last one before the answer; the AUC of earlier ones, which the "
+            "next step carries on, and of all is told beside it.",
             "Half of the judged chains end in a correction; all figures on accuracy weigh them back to one in four.",
             "Efficiency is a quotient: PIR's accuracy per generated token over that of full chains.",
         ],
@@ -252,21 +258,22 @@ class Judged:
             "random": [with_scores(p, rng.normal(size=len(p.steps))) for p in problems],
             "fake": [with_scores(p, own_perplexity(model, world, p)) for p in problems],
         }
-        self.gone = {"PIR": [prune_steps(p.steps, RATIO) for p in problems],
-                     **{name: [prune_steps(s, RATIO) for s in steps] for name, steps in self.others.items()}}  # fmt: skip
+        chains = {"PIR": [problem.steps for problem in problems], **self.others}
+        self.gone = {name: [prune_steps(steps, RATIO) for steps in many] for name, many in chains.items()}
         rng = run.rng("rule")
         counts = [len(gone) for gone in self.gone["PIR"]]
         rule = [[comparator(p.steps, n, "rule", rng) for p, n in zip(problems, counts)] for _ in range(DRAWS)]
-        spirit = [comparator(p.steps, n, "spirit") for p, n in zip(problems, counts)]
+        whole = [p for p in problems if all(step.pir is not None for step in p.steps)]
+        spirit = [comparator(p.steps, n, "spirit") for p, n in zip(whole, counts)]
         self.right = {name: greedy(model, world, problems, gone) for name, gone in self.gone.items()}
         self.right["full"] = greedy(model, world, problems, [[] for _ in problems])
-        self.right["spirit"] = greedy(model, world, problems, spirit)
+        self.right["spirit"] = greedy(model, world, whole, spirit)  # the first ones alone
         self.right["rule"] = np.mean([greedy(model, world, problems, gone) for gone in rule], axis=0)
 
     def accuracy(self, name: str) -> float:
         """Over chains of which one in four ends in a correction."""
-        last = np.array([problem.last for problem in self.problems])
         right = np.asarray(self.right[name], dtype=np.float64)
+        last = np.array([problem.last for problem in self.problems[: len(right)]])
         return float(0.25 * right[last].mean() + 0.75 * right[~last].mean())
 
     def roles(self, steps: Sequence[Sequence[Step]]) -> dict[str, Float[np.ndarray, " n"]]:
@@ -278,7 +285,8 @@ class Judged:
                 role = step.pattern
                 if role == "error_correction":
                     role = "last correction" if problem.last and number == len(chain) - 1 else "earlier correction"
-                found[role].append(step.pir or 0.0)
+                if step.pir is not None:
+                    found[role].append(step.pir)
         return {role: np.array(values) for role, values in found.items()}
 
     def judged(self, name: str, steps: Sequence[Sequence[Step]]) -> dict[str, float]:
@@ -322,12 +330,11 @@ def retrained(
     run: Run, world: World, setting: Setting, model: Any, chains: Sequence[Problem]
 ) -> dict[str, dict[str, float]]:
     """Accuracy, generated tokens and efficiency of models trained from scratch on full and shortened chains."""
-    rng = run.rng("retraining controls")
+    rng = run.rng("retraining control")
     gone = {
         "full": [[] for _ in chains],
         "PIR": [prune_steps(problem.steps, RATIO) for problem in chains],
         "random": [prune_steps(with_scores(p, rng.normal(size=len(p.steps))), RATIO) for p in chains],
-        "fake": [prune_steps(with_scores(p, own_perplexity(model, world, p)), RATIO) for p in chains],
     }
     draw = run.rng("problems")
     problems = [world.draw(setting.short, draw) for _ in range(setting.problems)]
@@ -339,15 +346,13 @@ def retrained(
         for _ in range(setting.epochs):
             rows = order.permutation(len(texts))
             batches += [world.ids([texts[at] for at in rows[start : start + 32]]) for start in range(0, len(rows), 32)]
-        learner = network(run.seed + 1)
-        train(learner, batches)
+        learner = copy.deepcopy(model)
+        train(learner, batches, 1e-3)
         arms[name] = answered(run, world, learner, problems, setting)
     return arms
 
 
-def answered(
-    run: Run, world: World, model: Any, problems: Sequence[Problem], setting: Setting
-) -> dict[str, float]:
+def answered(run: Run, world: World, model: Any, problems: Sequence[Problem], setting: Setting) -> dict[str, float]:
     """Accuracy and tokens of sampled responses: temperature 0.7, eight a problem, one budget for all."""
     prompts = world.ids([problem.question + ";" for problem in problems]).repeat_interleave(setting.samples, 0)
     end = CHARACTERS.index(".")

@@ -1,1 +1,1 @@
-"""Perplexity-based importance refinement: drop the functional steps of a reasoning trace that its answer does not need."""
+"""Perplexity-based importance refinement: drop functional steps of a trace that its answer does not need."""

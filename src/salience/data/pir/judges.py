@@ -76,8 +76,9 @@ def chat_judge(
                 return parse_judgements(text, unmarked, len(steps))
             except DataError as error:
                 trouble, pause = f"{error}; it answered {text[:80]!r}", 0.0
+                again = f"That cannot be used: {error}. Answer with the JSON alone."
                 messages = [messages[0], {"role": "assistant", "content": text[:4000]},
-                            {"role": "user", "content": f"That cannot be used: {error}. Answer with the JSON alone."}]  # fmt: skip
+                            {"role": "user", "content": again}]  # fmt: skip
         raise DataError(f"judge {address}: no usable answer in {attempts} attempts; the last one: {trouble}")
 
     return judge
@@ -116,9 +117,11 @@ def question_of(steps: Sequence[str], unmarked: Sequence[int]) -> str:
     listed = "\n".join(f"[{number}] {step.strip()}" for number, step in enumerate(steps))
     return (
         f"Below are the numbered steps of a solution. Classify the steps {', '.join(map(str, unmarked))}, each with "
-        f"exactly one pattern:\n{meanings}\n\nFor a step that is not progressive also give the number of the progressive "
-        'step that it relates to. Answer with JSON alone, a list such as [{"step": 3, "pattern": "verification", '
-        f'"relates_to": 2}}], one entry per step asked for; relates_to is null for a progressive step.\n\n{listed}'
+        f"exactly one pattern:\n{meanings}\n\nFor a step that is not progressive also give the number of the "
+        "progressive step that it relates to. Answer with JSON alone, a list such as "
+        '[{"step": 3, "pattern": "verification", "relates_to": 2}], one entry per step asked for; relates_to is null '
+        "for a progressive step."
+        f"\n\n{listed}"
     )
 
 

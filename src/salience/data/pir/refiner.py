@@ -133,9 +133,9 @@ class PIR:
         Returns
         -------
         dict
-            A new example, with ``pir`` added: ``tokens_before`` and ``tokens_after`` of the reasoning, ``skipped`` (None
-            or why nothing was done), and ``steps`` with text, pattern, relates_to, marker, tokens, pir, removed and
-            reason of each.
+            A new example, with ``pir`` added: ``tokens_before`` and ``tokens_after`` of the reasoning, ``skipped``
+            (None or why nothing was done), and ``steps`` with text, pattern, relates_to, marker, tokens, pir, removed
+            and reason of each.
 
         Raises
         ------

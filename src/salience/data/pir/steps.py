@@ -31,7 +31,8 @@ _MARKERS = {
         r"|\busing another method\b|\bwe can also (?:verify|check)\b"
     ),
     "verification": (
-        _LEAD + r"wait\b(?!\s+(?:for|until|times?|lists?)\b)|\blet(?:'s| me| us) (?:re-?)?(?:double[- ]?)?(?:check|verify)\b"
+        _LEAD + r"wait\b(?!\s+(?:for|until|times?|lists?)\b)"
+        r"|\blet(?:'s| me| us) (?:re-?)?(?:double[- ]?)?(?:check|verify)\b"
         r"|" + _LEAD + r"double[- ]check(?:ing)?\b|" + _LEAD + r"going back to\b"
     ),
     "progressive": (
