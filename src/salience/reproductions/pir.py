@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "smoke": Setting(6, 4, 4, 12, 6, 40, 1, 4, 2),
-    "desk": Setting(24, 8, 480, 250, 40, 1000, 6, 150, 8),
+    "desk": Setting(24, 8, 500, 250, 40, 1000, 6, 150, 8),
     "full": Setting(24, 8, 3000, 2000, 2000, 15000, 12, 1000, 8),
 }
 
@@ -123,7 +123,7 @@ def network(seed: int) -> Any:
     with nets.seeded(seed):
         return LlamaForCausalLM(LlamaConfig(
             vocab_size=len(CHARACTERS), hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-            num_attention_heads=4, initializer_range=0.12, max_position_embeddings=512, bos_token_id=None,
+            num_attention_heads=8, initializer_range=0.12, max_position_embeddings=512, bos_token_id=None,
             eos_token_id=None,
         ))  # fmt: skip
 
@@ -145,11 +145,12 @@ def train(model: Any, batches: Sequence[torch.Tensor], rate: float) -> None:
 
 
 def evaluator(run: Run, world: World, setting: Setting) -> Any:
-    """The scoring model: short chains and some long ones, half of them without some of their redundant steps."""
+    """The scoring model: short chains and towards the end some long ones, half of them without some of their redundant steps."""
     rng, model = run.rng("evaluator"), network(run.seed)
     batches = []
     for number in range(setting.batches):
-        sums, rows = (setting.long, 20) if number % 5 == 4 else (setting.short, 64)
+        late = number >= 0.85 * setting.batches
+        sums, rows = (setting.long, 20) if late and number % 2 else (setting.short, 64)
         texts = []
         for row in range(rows):
             problem = world.draw(sums, rng)
