@@ -21,6 +21,7 @@ from salience.cli import (
     merge_permute,
     papers,
     rank_table,
+    refine_traces,
     reproduce,
     select_rows,
     select_tasks,
@@ -52,6 +53,7 @@ _COMMANDS = (
     merge_delta,
     merge_permute,
     rank_table,
+    refine_traces,
     select_tasks,
     select_rows,
     select_text,
@@ -59,7 +61,7 @@ _COMMANDS = (
     verify_output,
     verify_saliency,
 )
-for _name in ("select", "rank", "explain", "compress", "merge", "verify"):
+for _name in ("select", "refine", "rank", "explain", "compress", "merge", "verify"):
     if (_verb := getattr(verbs, _name)).registered_commands:
         app.add_typer(_verb, name=_name)
 app.add_typer(papers.app, name="papers")

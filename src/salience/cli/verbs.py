@@ -10,6 +10,7 @@ def _verb(what: str) -> typer.Typer:
 
 
 select = _verb("Choose what to train on.")
+refine = _verb("Shorten what you train on without losing what matters.")
 rank = _verb("Put columns in the order of how much they matter.")
 explain = _verb("Show what a prediction or a model rests on.")
 compress = _verb("Make a model smaller, and measure what that costs.")

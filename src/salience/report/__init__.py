@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
-    from salience.report.blocks import code, documents, facts, figure, heading, table, text, verdict
+    from salience.report.blocks import code, documents, edits, facts, figure, heading, table, text, verdict
     from salience.report.render import page
 
 _WHERE = {
     "page": "render",
-    **dict.fromkeys(("code", "documents", "facts", "figure", "heading", "table", "text", "verdict"), "blocks"),
+    **dict.fromkeys(("code", "documents", "edits", "facts", "figure", "heading", "table", "text", "verdict"), "blocks"),
 }
-__all__ = ["code", "documents", "facts", "figure", "heading", "page", "table", "text", "verdict"]
+__all__ = ["code", "documents", "edits", "facts", "figure", "heading", "page", "table", "text", "verdict"]
 __getattr__, __dir__ = exports(__name__, _WHERE)

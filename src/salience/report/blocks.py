@@ -81,7 +81,16 @@ class Documents:
     caption: str
 
 
-Block = Heading | Text | Code | Verdict | Facts | Table | Picture | Documents
+@dataclass(frozen=True)
+class Edits:
+    """Texts in parts: each with its title, and of each part the text, a note and whether it is struck out."""
+
+    kind: ClassVar[str] = "edits"
+    items: tuple[tuple[str, tuple[tuple[str, str, bool], ...]], ...]
+    caption: str
+
+
+Block = Heading | Text | Code | Verdict | Facts | Table | Picture | Documents | Edits
 
 
 def heading(text: str) -> Heading:
@@ -170,6 +179,25 @@ def documents(items: Iterable[tuple[str, str]], caption: str) -> Documents:
         What these texts are.
     """
     return Documents(tuple((str(title), str(body)) for title, body in items), str(caption))
+
+
+def edits(items: Iterable[tuple[str, Iterable[tuple[str, str, bool]]]], caption: str) -> Edits:
+    """Texts whose parts carry notes and may be struck out; they open on a click, the first is open.
+
+    Parameters
+    ----------
+    items : iterable of (title, parts)
+        A part is (text, note, struck): what it says, a few words on it ("" for none), whether it was taken out.
+    caption : str
+        What these texts are.
+    """
+    return Edits(
+        tuple(
+            (str(title), tuple((str(text), str(note), bool(struck)) for text, note, struck in parts))
+            for title, parts in items
+        ),
+        str(caption),
+    )
 
 
 def figure(

@@ -1,0 +1,1 @@
+"""Perplexity-based importance refinement: drop functional steps of a trace that its answer does not need."""
