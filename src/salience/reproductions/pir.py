@@ -145,7 +145,7 @@ def train(model: Any, batches: Sequence[torch.Tensor], rate: float) -> None:
 
 
 def evaluator(run: Run, world: World, setting: Setting) -> Any:
-    """The scoring model: short chains and towards the end some long ones, half of them without some of their redundant steps."""
+    """The scoring model: short chains, towards the end some long ones, half without some of their redundant steps."""
     rng, model = run.rng("evaluator"), network(run.seed)
     batches = []
     for number in range(setting.batches):
