@@ -184,7 +184,7 @@ def comparison_rows(found: TraceRefinement) -> list[tuple[str, ...]]:
     """Answer perplexity after each kind of removal."""
     import math
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, words in (("PIR", "PIR"), ("random", "as many functional steps at random"),
                         ("longest steps", "as many, the longest first"), ("full chain", "nothing (full chain)")):  # fmt: skip
         gain = None if name == "PIR" else found.gain(name)

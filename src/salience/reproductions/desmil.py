@@ -323,7 +323,8 @@ def identifiers(run: Run, epochs: int) -> dict[str, float]:
             counts[word] = counts.get(word, 0) + 1
     kept = sorted(counts, key=lambda word: (-counts[word], word))[:1000]
     number = {word: at + 1 for at, word in enumerate(kept)}
-    train, test = [], []
+    train: list[list[int]] = []
+    test: list[list[int]] = []
     for at in rng.permutation(len(by_passage)):
         package, words = by_passage[at]
         sequence = [number[word] for word in words if word in number]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -187,7 +187,7 @@ def own_perplexity(model: Any, world: World, problem: Problem) -> list[float]:
     return values
 
 
-def with_scores(problem: Problem, scores: Sequence[float]) -> list[Step]:
+def with_scores(problem: Problem, scores: Iterable[float]) -> list[Step]:
     """The steps with other scores in the place of PIR."""
     return [replace(step, pir=float(value)) for step, value in zip(problem.steps, scores, strict=True)]
 

@@ -116,15 +116,15 @@ class DESMIL:
         self.weights_: Float[np.ndarray, " n"] = np.ones(len(sequences))
         best, state, waited = -math.inf, None, 0
         for epoch in range(self.epochs):
-            told = self._epoch(sequences, optimizer, learn=epoch >= self.warmup)
-            self.history_.append(told)
+            report = self._epoch(sequences, optimizer, learn=epoch >= self.warmup)
+            self.history_.append(report)
             if held_out is None:
                 continue
             k = min(50, self.model.items - 1)
-            told["recall"] = recall_ndcg_hit(self.recommend(held_out[0], k), held_out[1], k).recall
+            report["recall"] = recall_ndcg_hit(self.recommend(held_out[0], k), held_out[1], k).recall
             waited += 1
-            if told["recall"] > best:
-                best, state, waited = told["recall"], copy.deepcopy(self.model.state_dict()), 0
+            if report["recall"] > best:
+                best, state, waited = report["recall"], copy.deepcopy(self.model.state_dict()), 0
             if waited >= self.patience:
                 break
         if state is not None:

@@ -195,12 +195,12 @@ class PIR:
 
     def parts_of(self, example: Mapping[str, Any]) -> tuple[str, str | list[str], str]:
         """Question, reasoning and answer of an example, checked."""
-        values = []
+        values: list[Any] = []
         for name, what in zip(self.columns, ("question", "reasoning", "answer"), strict=True):
-            value = example.get(name)
+            value: Any = example.get(name)
             if isinstance(value, np.ndarray):
                 value = value.tolist()
-            texts = value if what == "reasoning" and isinstance(value, list) else [value]
+            texts: list[Any] = value if what == "reasoning" and isinstance(value, list) else [value]
             if not texts or not all(isinstance(text, str) for text in texts):
                 raise DataError(f"field {name!r} ({what}) holds {value!r:.40}; text is needed")
             if not "".join(texts).strip():

@@ -259,8 +259,8 @@ def _nll(logits: Float[Tensor, "rows answer vocabulary"], ids: Tensor) -> Float[
 
 def _plain(cache: Any) -> bool:
     """Whether a cache keeps keys and values of all tokens in every layer, and can be cut and repeated."""
-    layers = getattr(cache, "layers", None)
-    return bool(layers) and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+    layers = getattr(cache, "layers", None) or ()
+    return len(layers) > 0 and all(type(layer).__name__ == "DynamicLayer" for layer in layers)
 
 
 def _template(template: str | None) -> tuple[str, str, str] | None:
