@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
     from salience.data.loss_reweighting.trainer import TrainerReweighting
     from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
+    from salience.data.nrr_dd.activation import class_activation_map
+    from salience.data.nrr_dd.discovery import discover_patches
+    from salience.data.nrr_dd.distilled import DistilledSet
+    from salience.data.nrr_dd.distilling import NRRDD
+    from salience.data.nrr_dd.labels import DBRLabels, HardLabels, SoftLabels, dbr_loss, train_student
+    from salience.data.nrr_dd.refinement import bn_distance, refine_noncritical
+    from salience.data.nrr_dd.views import View, Views
     from salience.data.row_baselines import deita_filter, k_center_greedy, kmeans_medoids, qdit
     from salience.data.row_selection import RowSelection, select_rows
     from salience.data.text_clusters import ClusterSelection, select_text_clusters
@@ -58,14 +65,23 @@ _WHERE: dict[str, str] = {
     "TrainerReweighting": "loss_reweighting.trainer", "WeightDiagnostics": "loss_reweighting.weighting",
     "loss_weights": "loss_reweighting.weighting", "per_sequence_loss": "loss_reweighting.sequences",
     "weight_diagnostics": "loss_reweighting.weighting",
+    "DBRLabels": "nrr_dd.labels", "DistilledSet": "nrr_dd.distilled", "HardLabels": "nrr_dd.labels",
+    "NRRDD": "nrr_dd.distilling", "SoftLabels": "nrr_dd.labels", "View": "nrr_dd.views", "Views": "nrr_dd.views",
+    "bn_distance": "nrr_dd.refinement", "class_activation_map": "nrr_dd.activation", "dbr_loss": "nrr_dd.labels",
+    "discover_patches": "nrr_dd.discovery", "refine_noncritical": "nrr_dd.refinement",
+    "train_student": "nrr_dd.labels",
 }  # fmt: skip
 __all__ = [
     "DSIR",
+    "NRRDD",
     "ActiveRun",
     "AlreadyDone",
     "BiasLoss",
     "ClusterSelection",
+    "DBRLabels",
+    "DistilledSet",
     "Diversity",
+    "HardLabels",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
@@ -78,17 +94,24 @@ __all__ = [
     "SharedTrunk",
     "SkipBlock",
     "SkipblockNet",
+    "SoftLabels",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
     "TrainerBiasLoss",
     "TrainerReweighting",
     "TrunkMTRL",
+    "View",
+    "Views",
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "bn_distance",
     "choose_k",
+    "class_activation_map",
+    "dbr_loss",
     "deita_filter",
+    "discover_patches",
     "diversity_report",
     "diversity_scores",
     "feature_variance",
@@ -103,6 +126,7 @@ __all__ = [
     "perplexity_scorer",
     "qdit",
     "refine",
+    "refine_noncritical",
     "reward_scorer",
     "score_gap",
     "score_text",
@@ -112,6 +136,7 @@ __all__ = [
     "select_text_clusters",
     "selection_report",
     "task_relevance",
+    "train_student",
     "weight_diagnostics",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)
