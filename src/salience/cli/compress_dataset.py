@@ -44,6 +44,14 @@ class Knowledge(StrEnum):
     hard = "hard"
 
 
+class Choice(StrEnum):
+    """Which patches are kept."""
+
+    low = "low"
+    high = "high"
+    random = "random"
+
+
 class Data(NamedTuple):
     """Images with labels as the teacher counts classes: those to compress and those to measure on."""
 
@@ -67,8 +75,10 @@ def dataset(
     views: Annotated[int, typer.Option(help="Views of an image that the teacher labels.", min=1)] = 300,
     factor: Annotated[int | None, typer.Option(help="Patches a side of an image [default: 1 up to 32 pixels, else 2].", rich_help_panel=_STAGES, show_default=False, min=1)] = None,
     pool: Annotated[int, typer.Option(help="Images of a class to choose patches from.", rich_help_panel=_STAGES, min=1)] = 300,
+    crop_from: Annotated[float | None, typer.Option(help="Smallest share of an image's area that a patch shows [default: that of a tile].", rich_help_panel=_STAGES, show_default=False)] = None,
+    order: Annotated[Choice, typer.Option(help="Patches of low confidence first, as the paper has it, of high, or random ones.", rich_help_panel=_STAGES)] = Choice.low,
     drop_wrong: Annotated[bool, typer.Option("--drop-wrong", help="No patches that the teacher takes for another class.", rich_help_panel=_STAGES)] = False,
-    eps: Annotated[float, typer.Option(help="From here on, of 0..1, a pixel is critical and stays.", rich_help_panel=_STAGES)] = 0.5,
+    eps: Annotated[float, typer.Option(help="From here on, of 0..1, a pixel is critical and stays.", rich_help_panel=_STAGES)] = 0.6,
     steps: Annotated[int, typer.Option(help="Steps of refinement.", rich_help_panel=_STAGES, min=0)] = 1000,
     alpha_bn: Annotated[float, typer.Option(help="Weight of the statistics of real images.", rich_help_panel=_STAGES)] = 0.05,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror half of the views; not for digits or letters.", rich_help_panel=_STAGES)] = True,
@@ -108,7 +118,7 @@ def dataset(
         side = min(data.images[0][0].shape[1:])
         distiller = NRRDD(
             loaded.model, ipc, mean=data.mean, std=data.std, factor=factor or (1 if side <= 32 else 2), pool=pool,
-            drop_wrong=drop_wrong, eps=eps, steps=steps, alpha_bn=alpha_bn, knowledge=labels.value, views=views,
+            scale=None if crop_from is None else (crop_from, 1.0), order=order.value, drop_wrong=drop_wrong, eps=eps, steps=steps, alpha_bn=alpha_bn, knowledge=labels.value, views=views,
             flip=flip, random_state=seed,
         )  # fmt: skip
         make = _maker(student) if student else lambda number: fresh(loaded.model, number)

@@ -12,6 +12,6 @@ def _verb(what: str) -> typer.Typer:
 select = _verb("Choose what to train on.")
 rank = _verb("Put columns in the order of how much they matter.")
 explain = _verb("Show what a prediction or a model rests on.")
-compress = _verb("Make a model smaller, and measure what that costs.")
+compress = _verb("Make a model or a data set smaller, and measure what that costs.")
 merge = _verb("Put several models into one.")
 verify = _verb("Check a claim: labels, explanations, a written output.")

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from salience.data.nrr_dd.distilled import Labels
 
-COMPOSITES = {"ipc": 5, "factor": 2, "crops": 5, "scale": (0.25, 1.0), "knowledge": "soft", "temperature": 4.0}
+COMPOSITES = {"ipc": 5, "factor": 2, "crops": 5, "knowledge": "soft", "temperature": 4.0, "steps": 200, "views": 120}
 STUDENTS = 2  # students of each arm
 ALPHAS = (1.0, 3.0, 10.0)
 CHANGED, FALL, RISE = "critical pixels changed", "fall of the teacher's loss", "rise of the distance of statistics"
@@ -66,7 +66,7 @@ def reproduce(run: Run) -> Outcome:
     seeds = [run.seed, *(run.replicate_seeds(2) if run.master and not run.smoke else [])]
     mechanics = digits_refined(run)
     labels = [labels_compared(replace(run, seed=seed)) for seed in seeds]
-    effects = [composites_refined(replace(run, seed=seed), extra=number == 0 and not run.smoke) for number, seed in enumerate(seeds)]
+    effects = [composites_refined(replace(run, seed=seed), seed == run.seed and not run.smoke) for seed in seeds]
     first = effects[0]
     gains = [each.students["refined"] - each.students["unrefined"] for each in effects]
     spread = bootstrap_interval(gains, random_state=run.rng("interval"))
@@ -166,10 +166,12 @@ def _train(model: nn.Module, world: World, epochs: int, seed: int) -> None:
 def distiller_of(run: Run, world: World, teacher: nn.Module, **options) -> NRRDD:
     """The method as it is used on digits; composites change some options."""
     settings = {
-        "ipc": 3, "crops": 1, "scale": (1.0, 1.0), "drop_wrong": True, "steps": 3 if run.smoke else 500,
-        "views": 8 if run.smoke else 200, "flip": False, "random_state": run.seed,
+        "ipc": 3, "crops": 1, "drop_wrong": True, "steps": 500, "views": 200, "flip": False, "random_state": run.seed,
+        **options,
     }  # fmt: skip
-    return NRRDD(teacher, mean=world.mean, std=world.std, **settings | options)
+    if run.smoke:
+        settings |= {"steps": 3, "views": 8}
+    return NRRDD(teacher, mean=world.mean, std=world.std, **settings)
 
 
 def digits_refined(run: Run) -> dict[str, dict[str, float]]:
@@ -273,14 +275,14 @@ def composites_refined(run: Run, extra: bool) -> Effect:
     run.step("composites")
     recipe = zoo.Recipe(build_large, train_briefly if run.smoke else train_large)
     world, teacher = composites.pasted(run.seed, 500 if run.smoke else composites.TRAIN), zoo.trained(recipe, run.seed)
-    method = distiller_of(run, world, teacher, **COMPOSITES | {"steps": 3 if run.smoke else 300})
+    method = distiller_of(run, world, teacher, **COMPOSITES)
     x, y = method.discover(world.x, world.y)
     images = {"unrefined": x, "refined": method.refine(x, y)}
     images["noise"] = signs_drawn(x, images["refined"], run)
-    bare = distiller_of(run, world, teacher, **COMPOSITES | {"steps": method.steps, "alpha_bn": 0.0})
+    bare = distiller_of(run, world, teacher, **COMPOSITES, alpha_bn=0.0)
     images["cross-entropy alone"] = bare.refine(x, y)
     if extra:
-        sure = distiller_of(run, world, teacher, **COMPOSITES | {"steps": method.steps, "order": "high"})
+        sure = distiller_of(run, world, teacher, **COMPOSITES, order="high")
         images["most confident, refined"] = sure.refine(*sure.discover(world.x, world.y))
         rows = torch.cat([(world.y == label).nonzero()[: method.ipc, 0] for label in range(10)])
         images["random images"] = world.x[rows].unflatten(0, (10, method.ipc)).transpose(0, 1).flatten(0, 1)
@@ -289,7 +291,9 @@ def composites_refined(run: Run, extra: bool) -> Effect:
     for name, part in images.items():
         run.step(f"student on composites, {name}")
         labels = method.label(part, y, tiles=1 if name == "random images" else None).labels
-        tests = [taught(run, build_large, part, y, labels, world, draw)[1] for draw in range(1 if run.smoke else STUDENTS)]
+        tests = [
+            taught(run, build_large, part, y, labels, world, draw)[1] for draw in range(1 if run.smoke else STUDENTS)
+        ]
         students[name] = float(np.mean(tests))
     with torch.no_grad():
         losses = {name: float(cross_entropy(teacher(images[name]), y)) for name in ("unrefined", "refined")}

@@ -16,7 +16,6 @@ from salience.model.at import logits_of, training_mode
 from salience.model.batches import map_batches
 
 Order = Literal["low", "high", "random"]
-SCALE = (0.08, 1.0)  # share of the image's area that a crop covers, as of RDED's crops
 
 
 def discover_patches(
@@ -29,7 +28,7 @@ def discover_patches(
     crops: int = 5,
     top: int | None = 1,
     pool: int = 300,
-    scale: tuple[float, float] = SCALE,
+    scale: tuple[float, float] | None = None,
     order: Order = "low",
     drop_wrong: bool = False,
     generator: torch.Generator,
@@ -63,8 +62,9 @@ def discover_patches(
         as in RDED.
     pool : int
         Images of a class to choose from, drawn at random if there are more.
-    scale : (float, float)
-        Smallest and largest share of the area that a crop covers; (1, 1) takes whole images.
+    scale : (float, float), optional
+        Smallest and largest share of the area that a crop covers. By default crops are at least as large as a tile,
+        (1 / factor^2, 1): whole images where factor is 1. RDED takes (0.08, 1).
     order : {"low", "high", "random"}
         Lowest confidence first as in the paper, highest first as in RDED, or at random.
     drop_wrong : bool
@@ -93,7 +93,10 @@ def discover_patches(
     Source: section 3.2. The ratio and the drawing of crops around high places are proposals of ours; crops, padding,
     choice and tiling follow RDED's published code (nearest-neighbour where factor does not divide the size).
     """
-    _check(ipc, factor, crops, top, pool, scale, order)
+    _check(ipc, factor, crops, top, pool, order)
+    scale = (1 / factor**2, 1.0) if scale is None else scale
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"scale: got {scale!r}; it must be two shares of the area, the smaller first")
     labels = torch.as_tensor(labels)
     made, classes = [], labels.unique().tolist()
     for label in classes:
@@ -223,15 +226,11 @@ def take(images: Any, rows: Int[Tensor, " k"]) -> Float[Tensor, "k channel heigh
     return torch.stack([item[0] if isinstance(item, tuple | list) else item for item in items])
 
 
-def _check(
-    ipc: int, factor: int, crops: int, top: int | None, pool: int, scale: tuple[float, float], order: str
-) -> None:
+def _check(ipc: int, factor: int, crops: int, top: int | None, pool: int, order: str) -> None:
     for name, value in (("ipc", ipc), ("factor", factor), ("crops", crops), ("pool", pool)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: got {value!r}; it must be a whole number of at least 1")
     if top is not None and not 1 <= top <= crops:
         raise InputError(f"top: got {top!r}; it must lie between 1 and the number of crops, {crops}")
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise InputError(f"scale: got {scale!r}; it must be two shares of the area, the smaller first")
     if order not in ("low", "high", "random"):
         raise InputError(f"order: got {order!r}; it must be 'low', 'high' or 'random'")

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from salience.data.nrr_dd.activation import check_images
-from salience.data.nrr_dd.discovery import SCALE, Order, discover_patches, take
+from salience.data.nrr_dd.discovery import Order, discover_patches, take
 from salience.data.nrr_dd.distilled import DistilledSet, Labels, on_grid
 from salience.data.nrr_dd.labels import DBRLabels, HardLabels, SoftLabels
 from salience.data.nrr_dd.refinement import refine_noncritical
@@ -75,10 +75,10 @@ class NRRDD:
         crops: int = 5,
         top: int | None = 1,
         pool: int = 300,
-        scale: tuple[float, float] = SCALE,
+        scale: tuple[float, float] | None = None,
         order: Order = "low",
         drop_wrong: bool = False,
-        eps: float = 0.5,
+        eps: float = 0.6,
         steps: int = 1000,
         lr: float = 0.1,
         alpha_bn: float = 0.05,

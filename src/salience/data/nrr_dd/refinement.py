@@ -24,7 +24,7 @@ def refine_noncritical(
     x: Float[Tensor, "n channel height width"],
     y: Int[Tensor, " n"],
     *,
-    eps: float = 0.5,
+    eps: float = 0.6,
     steps: int = 1000,
     lr: float = 0.1,
     alpha_bn: float = 0.05,
