@@ -12,6 +12,7 @@ from salience import __version__
 from salience._lazy import missing_extra
 from salience.cli import (
     compress_channels,
+    compress_dataset,
     compress_delta,
     compress_quantize,
     compress_sparsify,
@@ -45,6 +46,7 @@ app = typer.Typer(
 # Importing a command's file hangs it on its verb.
 _COMMANDS = (
     compress_channels,
+    compress_dataset,
     compress_delta,
     compress_quantize,
     compress_sparsify,

@@ -67,11 +67,11 @@ def evaluation_of(
         return None
     return Evaluation(
         data, command, lower_is_better, arch=arch, limit=limit, seed=seed, size=image_size,
-        mean=_channels("--image-mean", image_mean), std=_channels("--image-std", image_std),
+        mean=channels_of("--image-mean", image_mean), std=_channels("--image-std", image_std),
     )  # fmt: skip
 
 
-def _channels(option: str, written: str | None) -> list[float] | None:
+def channels_of(option: str, written: str | None) -> list[float] | None:
     if written is None:
         return None
     try:

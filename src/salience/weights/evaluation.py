@@ -181,7 +181,7 @@ class Evaluation:
         if images.labels is None:
             raise DataError(f"{self.data}: has no labels, so that accuracy cannot be measured")
         model, device = loaded.model, next(loaded.model.parameters()).device
-        labels = _matched(torch.as_tensor(images.labels), images.class_names, model)[self._part]
+        labels = matched_labels(torch.as_tensor(images.labels), images.class_names, model)[self._part]
         logits = map_batches(
             lambda batch: logits_of(model(batch[0].to(device))).float(), chosen, batch_size=self.batch_size
         )
@@ -354,7 +354,7 @@ def _kind(path: Path) -> Literal["images", "text"]:
     raise InputError(f"evaluation data: {path} must be a folder of images, .parquet, .txt or .jsonl")
 
 
-def _matched(labels: Tensor, class_names: Sequence[str] | None, model: nn.Module) -> Tensor:
+def matched_labels(labels: Tensor, class_names: Sequence[str] | None, model: nn.Module) -> Tensor:
     """Labels as the model counts its classes: by name where it knows all of these names, else by number."""
     own = getattr(getattr(model, "config", None), "label2id", None) or {}
     if class_names and all(name in own for name in class_names):
