@@ -67,11 +67,12 @@ def evaluation_of(
         return None
     return Evaluation(
         data, command, lower_is_better, arch=arch, limit=limit, seed=seed, size=image_size,
-        mean=channels_of("--image-mean", image_mean), std=_channels("--image-std", image_std),
+        mean=channels_of("--image-mean", image_mean), std=channels_of("--image-std", image_std),
     )  # fmt: skip
 
 
 def channels_of(option: str, written: str | None) -> list[float] | None:
+    """The numbers that an option has written with commas between; None without it."""
     if written is None:
         return None
     try:

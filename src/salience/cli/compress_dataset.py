@@ -172,7 +172,7 @@ def _read(
     from salience.model import read_images
     from salience.weights.evaluation import matched_labels
 
-    own = {} if loaded.processor is not None else {"mean": normal[0], "std": normal[1], "size": size}
+    own: dict[str, Any] = {} if loaded.processor is not None else {"mean": normal[0], "std": normal[1], "size": size}
     images = read_images(path, loaded.processor, **own)
     labels = _labels(path, images)
     numbers = matched_labels(labels, images.class_names, loaded.model)

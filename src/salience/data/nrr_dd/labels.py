@@ -226,7 +226,9 @@ def train_student(
     matrices = [p for p in student.parameters() if p.ndim > 1]
     others = [p for p in student.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr, weight_decay=weight_decay
+        [{"params": matrices}, {"params": others, "weight_decay": 0.0}],  # type: ignore[arg-type]
+        lr,
+        weight_decay=weight_decay,
     )
     size = min(batch_size, len(x))
     if len(x) % size == 1:

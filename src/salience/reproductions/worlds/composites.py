@@ -61,7 +61,7 @@ def _composites(
     """White digits of a random size at a random place, on crops of the photographs at half their brightness."""
     images, y = torch.empty(count, 3, SIDE, SIDE), torch.empty(count, dtype=torch.long)
     for i in range(count):
-        photograph = photographs[rng.integers(len(photographs))]
+        photograph = photographs[int(rng.integers(len(photographs)))]
         top, left = (int(rng.integers(side - SIDE + 1)) for side in photograph.shape[1:])
         which, size = int(rng.integers(len(digits))), int(rng.integers(DIGIT[0], DIGIT[1] + 1))
         row, column = rng.integers(SIDE - size + 1, size=2).tolist()
