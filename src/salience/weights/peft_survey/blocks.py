@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -139,7 +140,7 @@ def without_storage(model: nn.Module) -> Any:
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
     """Undo what happened to a model's modules, hooks and flags if the body fails; entries of weights are not copied."""
-    modules = [(module, {key: (value, copy.copy(value) if isinstance(value, dict) else None)
+    modules = [(module, {key: (value, copy.copy(value) if type(value) in (dict, OrderedDict) else None)
                          for key, value in vars(module).items()}) for module in model.modules()]  # fmt: skip
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     try:
