@@ -5,6 +5,18 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
+    from salience.data.adapt_infinity.choosing import (
+        balanced_budget,
+        ccs_sample,
+        choose_score,
+        prune_redundant,
+        score_entropy,
+    )
+    from salience.data.adapt_infinity.gradients import GradientFeatures, RandomProjection, gradient_features, in_layers
+    from salience.data.adapt_infinity.measures import forgetting, relative_gain
+    from salience.data.adapt_infinity.selector import AdaptSelector, ClusterChoice, Signals, StreamStep
+    from salience.data.adapt_infinity.signals import measure_samples, sample_scores
+    from salience.data.adapt_infinity.stream import StreamSelection, select_stream
     from salience.data.baselines import HeuristicClassifier, lexical_overlap, mean_log_count
     from salience.data.bias_loss.diversity import Diversity, diversity_report, diversity_scores
     from salience.data.bias_loss.skipblock import SkipBlock, SkipblockNet
@@ -34,6 +46,16 @@ if TYPE_CHECKING:
     from salience.data.text_selection import AlreadyDone, TextSelection, score_text, select_text
 
 _WHERE: dict[str, str] = {
+    "balanced_budget": "adapt_infinity.choosing", "ccs_sample": "adapt_infinity.choosing",
+    "choose_score": "adapt_infinity.choosing", "prune_redundant": "adapt_infinity.choosing",
+    "score_entropy": "adapt_infinity.choosing", "GradientFeatures": "adapt_infinity.gradients",
+    "RandomProjection": "adapt_infinity.gradients", "gradient_features": "adapt_infinity.gradients",
+    "in_layers": "adapt_infinity.gradients", "forgetting": "adapt_infinity.measures",
+    "relative_gain": "adapt_infinity.measures", "AdaptSelector": "adapt_infinity.selector",
+    "ClusterChoice": "adapt_infinity.selector", "Signals": "adapt_infinity.selector",
+    "StreamStep": "adapt_infinity.selector", "sample_scores": "adapt_infinity.signals",
+    "measure_samples": "adapt_infinity.signals", "StreamSelection": "adapt_infinity.stream",
+    "select_stream": "adapt_infinity.stream",
     "DSIR": "dsir.weights", "kl_reduction": "dsir.weights", "HashedNgrams": "dsir.features",
     "gumbel_topk": "dsir.resample",
     "HeuristicClassifier": "baselines", "lexical_overlap": "baselines", "mean_log_count": "baselines",
@@ -62,22 +84,29 @@ _WHERE: dict[str, str] = {
 __all__ = [
     "DSIR",
     "ActiveRun",
+    "AdaptSelector",
     "AlreadyDone",
     "BiasLoss",
+    "ClusterChoice",
     "ClusterSelection",
     "Diversity",
+    "GradientFeatures",
     "HashedNgrams",
     "HeuristicClassifier",
     "IterativeSelector",
     "KMQSelector",
     "LinearMTRL",
     "LossReweighter",
+    "RandomProjection",
     "Refinement",
     "RowSelection",
     "SequenceLosses",
     "SharedTrunk",
+    "Signals",
     "SkipBlock",
     "SkipblockNet",
+    "StreamSelection",
+    "StreamStep",
     "TaskRelevance",
     "TaskSelection",
     "TextSelection",
@@ -87,26 +116,38 @@ __all__ = [
     "WeightDiagnostics",
     "active_mtrl",
     "allocate_samples",
+    "balanced_budget",
+    "ccs_sample",
     "choose_k",
+    "choose_score",
     "deita_filter",
     "diversity_report",
     "diversity_scores",
     "feature_variance",
+    "forgetting",
+    "gradient_features",
     "gumbel_topk",
+    "in_layers",
     "k_center_greedy",
     "kl_reduction",
     "kmeans_medoids",
     "lexical_overlap",
     "loss_weights",
     "mean_log_count",
+    "measure_samples",
     "per_sequence_loss",
     "perplexity_scorer",
+    "prune_redundant",
     "qdit",
     "refine",
+    "relative_gain",
     "reward_scorer",
+    "sample_scores",
+    "score_entropy",
     "score_gap",
     "score_text",
     "select_rows",
+    "select_stream",
     "select_tasks",
     "select_text",
     "select_text_clusters",
