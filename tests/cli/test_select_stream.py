@@ -54,7 +54,9 @@ def tables(tmp_path_factory) -> list[Path]:
     return paths
 
 
-BASE = "--vectors gradient --score nll --score el2n --label outcome --ignore code -n 45".split()
+BASE = [
+    "--vectors", "gradient", "--score", "nll", "--score", "el2n", "--label", "outcome", "--ignore", "code", "-n", 45,
+]  # fmt: skip
 
 
 def test_rounds_a_pool_and_the_proof_first(tables: list[Path], tmp_path: Path, capsys) -> None:

@@ -117,23 +117,23 @@ def reproduce(run: Run) -> Outcome:
     """Train through several streams by every strategy."""
     # Data, method: every strategy goes through the same streams from the same weights.
     found: list[dict[str, float]] = []
-    courses: list[dict[str, Course]] = []
+    tables: dict[str, list[np.ndarray]] = {name: [] for name in STRATEGIES}
     count = 1 if run.smoke else STREAMS if run.master else 2  # bars on means are judged at the master seed alone
     for number, seed in enumerate(run.replicate_seeds(count)):
         run.step(f"stream {number + 1}")
         stream = make_stream(seed, [size // 10 for size in SKILLS.values()] if run.smoke else list(SKILLS.values()))
         budget, epochs = (BUDGET // 10, 5) if run.smoke else (BUDGET, EPOCHS)
-        courses.append({name: _course(stream, name, seed, budget, epochs) for name in STRATEGIES})
-        adapt, limited = courses[-1]["Adapt-infinity"], courses[-1]["Adapt-infinity, pool of 1000"]
+        courses = {name: _course(stream, name, seed, budget, epochs) for name in STRATEGIES}
+        adapt, limited = courses["Adapt-infinity"], courses["Adapt-infinity, pool of 1000"]
         found.append(_purities(adapt, stream, seed) | _grounding(stream, seed, epochs))
         found[-1] |= _order(adapt, limited, stream, seed)
         reference = _alone(stream, seed, budget, epochs)
-        for name in STRATEGIES:
-            found[-1][f"relative gain of {name}, %"] = relative_gain(courses[-1][name].accuracy[-1], reference)
+        for name, course in courses.items():
+            tables[name].append(course.accuracy)
+            found[-1][f"relative gain of {name}, %"] = relative_gain(course.accuracy[-1], reference)
 
     # Measure: means over the streams.
     figures = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
-    tables = {name: [each[name].accuracy for each in courses] for name in STRATEGIES}
     for name in STRATEGIES:
         figures[f"average accuracy, {name}"] = float(np.mean([table[-1] for table in tables[name]]))
         figures[f"forgetting, {name}"] = float(np.mean([forgetting(table) for table in tables[name]]))

@@ -18,6 +18,7 @@ from salience.model.batches import map_batches
 
 KINDS = ("nll", "el2n", "entropy", "image_grounding")
 Blank = Callable[[Any], Any]
+_LARGEST = 300.0  # logarithm of the grounding, so that sums of squares stay finite
 
 
 def sample_scores(
@@ -72,7 +73,7 @@ def sample_scores(
         found = _forward_scores(model, batch)
         if "image_grounding" in kinds:
             without = (blank or _no_pixels)(batch)
-            ratio = (answer_losses(model, without).double() - found["nll"]).exp()
+            ratio = (answer_losses(model, without).double() - found["nll"]).clamp(max=_LARGEST).exp()
             found["image_grounding"] = ratio.masked_fill(~_changed(batch, without), float("nan"))
         return {kind: found[kind].double().cpu() for kind in kinds}
 
