@@ -95,12 +95,20 @@ def layers_at_start(model: nn.Module) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def samples() -> Any:
+    return torch.utils.data.TensorDataset(images(), torch.arange(8) % 3)
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
     "salience.data:diversity_report": Example(
         lambda model: {"inputs": images(), "targets": torch.arange(8) % 3, "layer": "relu2"}
     ),
     "salience.data:diversity_scores": Example(lambda model: {"inputs": images(), "layer": "relu2"}),
+    "salience.data:gradient_features": Example(
+        lambda model: {"data": samples()}, refused=lambda: nn.ReLU()
+    ),
+    "salience.data:sample_scores": Example(lambda model: {"data": samples()}),
     "salience.features:pgd_attack": Example(attacked),
     "salience.features:adversarial_fit": Example(
         adversarial_lesson, frozenset({"values"}), lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
