@@ -72,7 +72,7 @@ def stream(
 def _plan(inputs: list[str], as_json: bool) -> None:
     from salience.io import TableReader
 
-    facts = [{"table": path, "bytes": reader.bytes, "columns": reader.columns}
+    facts: list[dict[str, Any]] = [{"table": path, "bytes": reader.bytes, "columns": reader.columns}
              for path, reader in ((path, TableReader(path)) for path in inputs)]  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts))

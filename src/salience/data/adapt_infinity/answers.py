@@ -44,7 +44,7 @@ def answers(model: Callable[..., Any], batch: Any) -> Answers:
     (batch, seq), shifted by one as in causal language models; of longer logits (image tokens come first) the last ones.
     """
     inputs, labels = split_batch(batch)
-    logits = logits_of(run(model, inputs)).float()
+    logits = logits_of(run(model, inputs)).float()  # type: ignore[arg-type]
     if logits.ndim == 2 and labels.ndim == 1:
         logits, labels = logits[:, None], labels[:, None]
         real = torch.ones_like(labels, dtype=torch.bool)
