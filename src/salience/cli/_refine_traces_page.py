@@ -88,5 +88,5 @@ def _example(example: Any) -> tuple[str, list[tuple[str, str, bool]]]:
         note += f" of step {step.relates_to}" if step.relates_to is not None else ""
         note += f" · PIR {step.pir:+.4f}" if step.pir is not None else ""
         note += f" · removed: {step.reason}" if step.removed else ""
-        parts.append((step.text.strip("\n"), note, step.removed))
+        parts.append((step.text.strip(), note, step.removed))
     return f"{title}  ({example.name})", parts

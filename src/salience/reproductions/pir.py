@@ -1,12 +1,13 @@
 """Claim: dropping the supporting steps that the model's confidence in the answer does not need shortens traces at about
 the accuracy of full traces, well above dropping as many at random.
 
-Substitute for Qwen2.5-32B on LIMO and S1: running sums of digits modulo 10 with a known role for every step, read and
+Substitute for Qwen2.5-32B on LIMO and S1: running sums of digits modulo 5 with a known role for every step, read and
 written by a transformer of 0.35 million parameters. With probability 0.25 a step states a wrong sum and a correction
 follows; otherwise, with probability 0.6, a check or a sum in the other order repeats the right one. The correction of
 the last sum is needed for the answer; earlier ones are carried on by the next step, which states the right sum again.
 At ratio 0.5 every pattern loses half of its steps rounded down, so that chains must be long for random removal to
-lose much: 24 sums where scores are judged. For the retraining, 8.
+lose much: 24 sums where scores are judged. For the retraining, 8, and learners start from the evaluator's weights: from
+nothing they stay near chance within the budget.
 
 Headline of the paper: S1-32B on AIME 37.9 to 42.1 with 29 % fewer tokens after training on refined traces.
 """
@@ -330,7 +331,7 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 def retrained(
     run: Run, world: World, setting: Setting, model: Any, chains: Sequence[Problem]
 ) -> dict[str, dict[str, float]]:
-    """Accuracy, generated tokens and efficiency of models trained from scratch on full and shortened chains."""
+    """Accuracy, generated tokens and efficiency of copies of the evaluator, tuned on full and shortened chains."""
     rng = run.rng("retraining control")
     gone = {
         "full": [[] for _ in chains],
