@@ -40,7 +40,7 @@ def discover_patches(
 
         ratio = mean CAM inside the crop / mean CAM of the image,    confidence = softmax(T(padded patch))_y
 
-    Within each class the `ipc` x `factor`^2 images of lowest confidence are kept, and `factor`^2 patches at a time are
+    Within each class ``ipc * factor**2`` images of lowest confidence are kept, and ``factor**2`` patches at a time are
     tiled into one image.
 
     Parameters
