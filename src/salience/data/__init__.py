@@ -5,42 +5,29 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
-    from salience.data.adapt_infinity.choosing import balanced_budget as balanced_budget
-    from salience.data.adapt_infinity.choosing import ccs_sample as ccs_sample
-    from salience.data.adapt_infinity.choosing import choose_score as choose_score
-    from salience.data.adapt_infinity.choosing import prune_redundant as prune_redundant
-    from salience.data.adapt_infinity.choosing import score_entropy as score_entropy
-    from salience.data.adapt_infinity.gradients import GradientFeatures as GradientFeatures
-    from salience.data.adapt_infinity.gradients import RandomProjection as RandomProjection
-    from salience.data.adapt_infinity.gradients import gradient_features as gradient_features
-    from salience.data.adapt_infinity.gradients import in_layers as in_layers
-    from salience.data.adapt_infinity.measures import forgetting as forgetting
-    from salience.data.adapt_infinity.measures import relative_gain as relative_gain
-    from salience.data.adapt_infinity.selector import AdaptSelector as AdaptSelector
-    from salience.data.adapt_infinity.selector import ClusterChoice as ClusterChoice
-    from salience.data.adapt_infinity.selector import Signals as Signals
-    from salience.data.adapt_infinity.selector import StreamStep as StreamStep
-    from salience.data.adapt_infinity.signals import measure_samples as measure_samples
-    from salience.data.adapt_infinity.signals import sample_scores as sample_scores
-    from salience.data.adapt_infinity.stream import StreamSelection as StreamSelection
-    from salience.data.adapt_infinity.stream import select_stream as select_stream
+    from salience.data.adapt_infinity.choosing import (
+        balanced_budget,
+        ccs_sample,
+        choose_score,
+        prune_redundant,
+        score_entropy,
+    )
+    from salience.data.adapt_infinity.gradients import GradientFeatures, RandomProjection, gradient_features, in_layers
+    from salience.data.adapt_infinity.measures import forgetting, relative_gain
+    from salience.data.adapt_infinity.selector import AdaptSelector, ClusterChoice, Signals, StreamStep
+    from salience.data.adapt_infinity.signals import measure_samples, sample_scores
+    from salience.data.adapt_infinity.stream import StreamSelection, select_stream
     from salience.data.baselines import HeuristicClassifier, lexical_overlap, mean_log_count
     from salience.data.bias_loss.diversity import Diversity, diversity_report, diversity_scores
     from salience.data.bias_loss.skipblock import SkipBlock, SkipblockNet
     from salience.data.bias_loss.trainer import TrainerBiasLoss
     from salience.data.bias_loss.variance import feature_variance
     from salience.data.bias_loss.weighted import BiasLoss
-    from salience.data.desmil.dependence import hsic as hsic
-    from salience.data.desmil.dependence import interest_dependence as interest_dependence
-    from salience.data.desmil.dependence import rff as rff
-    from salience.data.desmil.extractors import ComiRecDR as ComiRecDR
-    from salience.data.desmil.extractors import ComiRecSA as ComiRecSA
-    from salience.data.desmil.extractors import MultiInterest as MultiInterest
-    from salience.data.desmil.recommender import DESMIL as DESMIL
-    from salience.data.desmil.sequences import history_and_truth as history_and_truth
-    from salience.data.desmil.sequences import ood_sequences as ood_sequences
-    from salience.data.desmil.sequences import recall_ndcg_hit as recall_ndcg_hit
-    from salience.data.desmil.weighting import StableWeights as StableWeights
+    from salience.data.desmil.dependence import hsic, interest_dependence, rff
+    from salience.data.desmil.extractors import ComiRecDR, ComiRecSA, MultiInterest
+    from salience.data.desmil.recommender import DESMIL
+    from salience.data.desmil.sequences import history_and_truth, ood_sequences, recall_ndcg_hit
+    from salience.data.desmil.weighting import StableWeights
     from salience.data.dsir.features import HashedNgrams
     from salience.data.dsir.resample import gumbel_topk
     from salience.data.dsir.weights import DSIR, kl_reduction
@@ -49,26 +36,14 @@ if TYPE_CHECKING:
     from salience.data.gais.measures import evaluate_selection, tune_gais
     from salience.data.gais.minibatches import minibatch_edges
     from salience.data.gais.network import GraphAttention
-    from salience.data.inset.baselines import DeepSetSelector as DeepSetSelector
-    from salience.data.inset.baselines import PGMSelector as PGMSelector
-    from salience.data.inset.baselines import RandomSelector as RandomSelector
-    from salience.data.inset.baselines import SetTransformerSelector as SetTransformerSelector
-    from salience.data.inset.exact import ExactDistribution as ExactDistribution
-    from salience.data.inset.exact import exact_distribution as exact_distribution
-    from salience.data.inset.examples import anomaly_sets as anomaly_sets
-    from salience.data.inset.examples import gaussian_sets as gaussian_sets
-    from salience.data.inset.examples import registry_sets as registry_sets
-    from salience.data.inset.examples import top_value_sets as top_value_sets
-    from salience.data.inset.examples import two_moons_sets as two_moons_sets
-    from salience.data.inset.model import INSET as INSET
-    from salience.data.inset.recognition import RecognitionNet as RecognitionNet
-    from salience.data.inset.selector import SubsetExamples as SubsetExamples
-    from salience.data.inset.selector import SubsetSelector as SubsetSelector
-    from salience.data.inset.selector import pad_sets as pad_sets
-    from salience.data.inset.training import SelectorHistory as SelectorHistory
-    from salience.data.inset.training import fit_selector as fit_selector
-    from salience.data.inset.training import mean_jaccard as mean_jaccard
-    from salience.data.inset.utility import SetUtility as SetUtility
+    from salience.data.inset.baselines import DeepSetSelector, PGMSelector, RandomSelector, SetTransformerSelector
+    from salience.data.inset.exact import ExactDistribution, exact_distribution
+    from salience.data.inset.examples import anomaly_sets, gaussian_sets, registry_sets, top_value_sets, two_moons_sets
+    from salience.data.inset.model import INSET
+    from salience.data.inset.recognition import RecognitionNet
+    from salience.data.inset.selector import SubsetExamples, SubsetSelector, pad_sets
+    from salience.data.inset.training import SelectorHistory, fit_selector, mean_jaccard
+    from salience.data.inset.utility import SetUtility
     from salience.data.instance_baselines import condensed_neighbours, drop3, edited_neighbours, stratified_random
     from salience.data.kmq.clustering import choose_k
     from salience.data.kmq.gaps import perplexity_scorer, reward_scorer, score_gap
@@ -84,33 +59,19 @@ if TYPE_CHECKING:
     from salience.data.loss_reweighting.sequences import SequenceLosses, per_sequence_loss
     from salience.data.loss_reweighting.trainer import TrainerReweighting
     from salience.data.loss_reweighting.weighting import WeightDiagnostics, loss_weights, weight_diagnostics
-    from salience.data.nrr_dd.activation import class_activation_map as class_activation_map
-    from salience.data.nrr_dd.discovery import discover_patches as discover_patches
-    from salience.data.nrr_dd.distilled import DistilledSet as DistilledSet
-    from salience.data.nrr_dd.distilling import NRRDD as NRRDD
-    from salience.data.nrr_dd.labels import DBRLabels as DBRLabels
-    from salience.data.nrr_dd.labels import HardLabels as HardLabels
-    from salience.data.nrr_dd.labels import SoftLabels as SoftLabels
-    from salience.data.nrr_dd.labels import dbr_loss as dbr_loss
-    from salience.data.nrr_dd.labels import train_student as train_student
-    from salience.data.nrr_dd.refinement import bn_distance as bn_distance
-    from salience.data.nrr_dd.refinement import refine_noncritical as refine_noncritical
-    from salience.data.nrr_dd.views import View as View
-    from salience.data.nrr_dd.views import Views as Views
-    from salience.data.pir.judges import chat_judge as chat_judge
-    from salience.data.pir.judges import model_judge as model_judge
-    from salience.data.pir.pruning import comparator as comparator
-    from salience.data.pir.pruning import efficiency as efficiency
-    from salience.data.pir.pruning import pattern_stats as pattern_stats
-    from salience.data.pir.pruning import prune_steps as prune_steps
-    from salience.data.pir.refiner import PIR as PIR
-    from salience.data.pir.scoring import AnswerScorer as AnswerScorer
-    from salience.data.pir.steps import Judgement as Judgement
-    from salience.data.pir.steps import Step as Step
-    from salience.data.pir.steps import classify_steps as classify_steps
-    from salience.data.pir.steps import segment_reasoning as segment_reasoning
-    from salience.data.pir.traces import TraceRefinement as TraceRefinement
-    from salience.data.pir.traces import refine_traces as refine_traces
+    from salience.data.nrr_dd.activation import class_activation_map
+    from salience.data.nrr_dd.discovery import discover_patches
+    from salience.data.nrr_dd.distilled import DistilledSet
+    from salience.data.nrr_dd.distilling import NRRDD
+    from salience.data.nrr_dd.labels import DBRLabels, HardLabels, SoftLabels, dbr_loss, train_student
+    from salience.data.nrr_dd.refinement import bn_distance, refine_noncritical
+    from salience.data.nrr_dd.views import View, Views
+    from salience.data.pir.judges import chat_judge, model_judge
+    from salience.data.pir.pruning import comparator, efficiency, pattern_stats, prune_steps
+    from salience.data.pir.refiner import PIR
+    from salience.data.pir.scoring import AnswerScorer
+    from salience.data.pir.steps import Judgement, Step, classify_steps, segment_reasoning
+    from salience.data.pir.traces import TraceRefinement, refine_traces
     from salience.data.rcal.classifier import RCALHead
     from salience.data.rcal.contrast import contrastive_loss, moco_pretrain
     from salience.data.rcal.gaussians import ClassGaussians, calibrate_tail, label_trust, robust_gaussians

@@ -379,7 +379,7 @@ def _lifelong(tables: dict[str, list[np.ndarray]], name: str, seed: int) -> dict
     lost = {each: np.mean([forgetting(table) for table in tables[each]]) for each in (name, "sequential")}
     several = len(rare[name]) > 1
     return {
-        "forgetting over that of sequential": float(lost[name] / max(lost["sequential"], 1e-9)),
+        "forgetting over that of sequential": float(lost[name] / max(lost["sequential"], 1e-9)),  # type: ignore[operator]
         "rare skills, Adapt-infinity": float(np.mean(rare[name])),
         "rare skills over random replay": gain.mean,
         "rare skills over random replay, low end": gain.low if several else float("nan"),

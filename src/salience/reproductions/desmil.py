@@ -263,7 +263,7 @@ def recommender(seed: int, epochs: int, warmup: int, penalty: bool) -> Trained:
         weights = learner() if kind != "random" else RandomWeights(seed)
         trained = (Penalised if kind == "penalty" else DESMIL)(
             model,
-            weights,
+            weights,  # type: ignore[arg-type]
             lr=0.01,
             epochs=epochs,
             warmup=warmup if kind in ("desmil", "random") else epochs,

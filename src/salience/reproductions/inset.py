@@ -174,9 +174,9 @@ def selectors(full_list: bool) -> dict[str, Callable[[], SubsetSelector]]:
     """The fused utility, EquiVSet of equal size, elements that know of no other; and the baselines, if asked for."""
     sizes = {"dim": DIM, "hidden": HIDDEN}
     found: dict[str, Callable[[], SubsetSelector]] = {
-        "INSET": lambda: INSET(encoder, **sizes),
+        "INSET": lambda: INSET(encoder, **sizes),  # type: ignore[arg-type]
         "EquiVSet": lambda: INSET(encoder, dim=DIM, hidden=WIDER, fuse="none"),
-        "each by itself": lambda: INSET(encoder, mode="diffMF", fuse="none", layers=0, **sizes),
+        "each by itself": lambda: INSET(encoder, mode="diffMF", fuse="none", layers=0, **sizes),  # type: ignore[arg-type]
         "random": RandomSelector,
     }
     if full_list:
@@ -235,7 +235,7 @@ def moons(run: Run) -> dict[str, float]:
     for name, fuse in (("INSET", "hidden"), ("EquiVSet", "none")):
         run.step(f"two moons, {name}")
         with nets.seeded(run.seed):
-            model = INSET(lambda: nn.Linear(2, 256), fuse=fuse)
+            model = INSET(lambda: nn.Linear(2, 256), fuse=fuse)  # type: ignore[arg-type]
         fit_selector(model, parts[0], parts[1], generator=run.generator("moons"))
         found[f"two moons, {name}"] = judged_choice(model, parts[2])
         for n, test in larger.items():

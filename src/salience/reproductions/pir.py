@@ -343,7 +343,7 @@ def retrained(
     arms = {}
     for name, removed in gone.items():
         run.step(f"retraining on {name} chains")
-        texts = [world.text(problem, out) for problem, out in zip(chains, removed, strict=True)]
+        texts = [world.text(problem, out) for problem, out in zip(chains, removed, strict=True)]  # type: ignore[call-overload]
         order, batches = run.rng("batches"), []
         for _ in range(setting.epochs):
             rows = order.permutation(len(texts))
