@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -115,8 +116,10 @@ def pooled(activations: Float[Tensor, "n *positions p"]) -> Float[Tensor, "n p"]
 
 def classes_of(target: Any, n: int) -> Int[Tensor, " n"]:
     """One class for all of n images, or one for each."""
-    wanted = torch.as_tensor(target)
-    if wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.shape not in ((), (n,)):
+    wanted = (
+        torch.as_tensor(target) if isinstance(target, int | np.integer | Tensor | list | tuple | np.ndarray) else None
+    )
+    if wanted is None or wanted.is_floating_point() or wanted.dtype == torch.bool or wanted.shape not in ((), (n,)):
         raise InputError(f"target: got {target!r}; give a class, or one for each of the {n} images")
     return wanted.expand(n).cpu()
 

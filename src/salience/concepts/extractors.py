@@ -56,9 +56,7 @@ class NMFConcepts(BaseEstimator):
     n_iter_ : int
     """
 
-    def __init__(
-        self, *, n_concepts: int = 20, max_iter: int = 200, tol: float = 1e-4, random_state: int = 0
-    ) -> None:
+    def __init__(self, *, n_concepts: int = 20, max_iter: int = 200, tol: float = 1e-4, random_state: int = 0) -> None:
         self.n_concepts, self.max_iter, self.tol, self.random_state = n_concepts, max_iter, tol, random_state
 
     def fit(

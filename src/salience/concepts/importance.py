@@ -73,12 +73,12 @@ def sobol_importance(
             seed = None if random_state is None else int(np.random.SeedSequence([random_state, i]).generate_state(1)[0])
             masks = torch.from_numpy(sobol_design(k, n_design, sampler, random_state=seed)).to(codes)
             masks = masks.view(len(masks), *(1,) * (own.ndim - 1), k)
-        logits = logits_of_codes(concepts, _Masked(own, masks), images[i : i + 1], batch_size)
+        logits = logits_of_codes(concepts, Masked(own, masks), images[i : i + 1], batch_size)
         totals[i] = total_indices(chosen_logits(logits, int(classes[i])).double().numpy(), k, estimator)
     return totals
 
 
-class _Masked:
+class Masked:
     """Codes of an image times each mask, made when they are asked for."""
 
     def __init__(self, codes: Float[Tensor, "*positions k"], masks: Float[Tensor, "m *positions k"]) -> None:
@@ -139,4 +139,6 @@ def _gradients(
 def check_rows(codes: Codes, images: Images) -> None:
     """An `InputError` if codes and images are not of the same number."""
     if len(codes) != len(images) or not len(codes):
-        raise InputError(f"codes and images: have {len(codes)} and {len(images)} rows; they must be as many, at least 1")
+        raise InputError(
+            f"codes and images: have {len(codes)} and {len(images)} rows; they must be as many, at least 1"
+        )

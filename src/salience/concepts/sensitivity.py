@@ -140,7 +140,9 @@ def total_indices(outputs: ArrayLike, n_dims: int, estimator: str = "jansen") ->
     y = np.asarray(outputs, dtype=np.float64)
     n, rest = divmod(y.shape[-1] if y.ndim else 0, n_dims + 2)
     if rest or n < 2:
-        raise InputError(f"outputs: have shape {y.shape}; a design in {n_dims} dimensions has n * {n_dims + 2} rows, n >= 2")
+        raise InputError(
+            f"outputs: have shape {y.shape}; a design in {n_dims} dimensions has n * {n_dims + 2} rows, n >= 2"
+        )
     if not np.isfinite(y).all():
         raise InputError("outputs: hold NaN or infinite values")
     a, c = y[..., :n], y[..., 2 * n :].reshape(*y.shape[:-1], n_dims, n)

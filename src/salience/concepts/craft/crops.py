@@ -73,7 +73,8 @@ def make_crops(
     ----------
     images : Tensor (n, channel, height, width) or Dataset
     patch_size : int, optional
-        Side in pixels; by default 64 per 224 pixels of the image's shorter side, as in the paper.
+        Side in pixels; by default 64 per 224 pixels of the image's shorter side, as in the paper, but at least 16, or
+        half of an image that is smaller than 32: fewer pixels, enlarged, are nothing that a network knows.
     stride : int, optional
         Of the grid; by default 0.8 of the patch, rounded down.
     kind : {"grid", "random"}
@@ -96,8 +97,9 @@ def make_crops(
     if first.ndim != 3:
         raise InputError(f"images: must have shape (channel, height, width) each; got {tuple(first.shape)}")
     height, width = first.shape[1:]
-    side = max(2, round(min(height, width) * 64 / 224)) if patch_size is None else patch_size
-    if not 1 <= side <= min(height, width):
+    shorter = min(height, width)
+    side = max(round(shorter * 64 / 224), min(16, -(-shorter // 2))) if patch_size is None else patch_size
+    if not 1 <= side <= shorter:
         raise InputError(f"patch_size: {side} does not fit into images of {height} x {width} pixels")
     step = max(1, int(0.8 * side)) if stride is None else stride
     if step < 1 or per_image < 1:

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from salience.concepts.concept_model import Codes, ConceptModel, ConceptScores, Images, channels_last, pooled
+from salience.concepts.concept_model import Codes, ConceptModel, ConceptScores, Images, pooled
 from salience.concepts.craft.crops import Crops, make_crops, pixels_of
 from salience.concepts.extractors import NMFConcepts
 from salience.concepts.importance import sobol_importance
 from salience.errors import InputError, NothingToDo
 from salience.features.attribution import device_of, images_and_labels, spatial_layers, target_classes
 from salience.features.normgrad.saliency import GradCAM, Gradient
-from salience.model.at import capture, logits_of, run, training_mode
+from salience.model.at import capture, logits_of, replace, run, training_mode
 from salience.model.at import layer as layer_called
 from salience.model.batches import map_batches
 
@@ -228,9 +228,7 @@ class Craft(BaseEstimator):
         return torch.cat([attribution.attribute(images.to(device), i, internal_batch_size=self.batch_size).cpu()
                           for i in chosen], 1)  # fmt: skip
 
-    def refine(
-        self, concept: int, layer: str | None = None, n_concepts: int = 5, quantile: float = 0.9
-    ) -> Craft:
+    def refine(self, concept: int, layer: str | None = None, n_concepts: int = 5, quantile: float = 0.9) -> Craft:
         """What a concept is made of: factorise its crops anew, at an earlier layer.
 
             crops with U_i >= lambda,    lambda the 90th percentile of U_i
@@ -265,7 +263,7 @@ class Craft(BaseEstimator):
         chosen = np.flatnonzero((codes >= np.quantile(codes, quantile)) & (codes > 0))
         model = self.concepts_.model
         if layer is None:
-            layer = earlier_layer(model, torch.stack([self.crops_[0]]), self.layer_)
+            layer = earlier_layer(model, self.crops_[0][None], self.layer_)
         layer_called(model, layer)
         sub = Craft(**{**self.get_params(), "layer": layer, "n_concepts": n_concepts})
         sub.kept_ = self.kept_
@@ -292,36 +290,54 @@ def as_dataset(images: Any) -> Dataset:
 
 
 def nonnegative_layers(model: nn.Module, images: Images) -> list[str]:
-    """Layers whose output is never negative on `images`: from shallow to deep, the last one of each resolution.
+    """Layers that are never negative on `images`, from shallow to deep: the last one of each resolution.
+
+    Only layers with positions that run once in a pass and whose output the prediction reads.
 
     Raises
     ------
     InputError
         The model has none, such as a transformer with GELU.
     """
-    images = images.to(device_of(model))
-    sizes = spatial_layers(model, images)
-    with training_mode(model, False), torch.no_grad(), capture(model, sizes) as seen:
-        run(model, (images,))
-    last: dict[tuple[int, int], str] = {}
-    for name, size in sizes.items():
-        a = channels_last(seen[name])
-        if bool((a >= 0).all()) and bool((a > 0).any()):
-            last.pop(size, None)
-            last[size] = name
-    if not last:
+    found = _nonnegative(model, images.to(device_of(model)))
+    if not found:
         raise InputError(
             f"model: {type(model).__name__} has no layer whose output is a map and never negative; concepts by "
             "non-negative factorisation need one that ends in a ReLU"
         )
-    return list(last.values())
+    return list(found.values())
+
+
+def _nonnegative(model: nn.Module, images: Images, before: str = "") -> dict[tuple[int, int], str]:
+    """The last such layer by resolution, of those that finish before the layer called `before`."""
+    sizes = spatial_layers(model, images)
+    names = list(sizes)
+    names = names[: names.index(before)] if before in names else names
+    found: dict[tuple[int, int], str] = {}
+    with training_mode(model, False), torch.no_grad():
+        with capture(model, names) as seen:
+            logits = logits_of(run(model, (images,)))
+        for name in reversed(names):
+            usable = sizes[name] not in found and bool((seen[name] >= 0).all()) and bool((seen[name] > 0).any())
+            if usable and _carries(model, name, images, logits):
+                found[sizes[name]] = name
+    return dict(reversed(found.items()))
+
+
+def _carries(model: nn.Module, layer: str, images: Images, logits: Tensor) -> bool:
+    """Whether the layer runs once, and the logits are others when it gives zeros."""
+    runs = []
+    with replace(model, layer, lambda a: runs.append(1) or torch.zeros_like(a)):
+        changed = logits_of(run(model, (images,)))
+    return len(runs) == 1 and not torch.equal(changed, logits)
 
 
 def earlier_layer(model: nn.Module, images: Images, layer: str) -> str:
-    """The last non-negative layer of the next finer resolution before `layer`."""
-    order = list(spatial_layers(model, images.to(device_of(model))))
-    place = order.index(layer) if layer in order else len(order)
-    before = [name for name in nonnegative_layers(model, images) if order.index(name) < place]
-    if not before:
-        raise InputError(f"layer: there is no non-negative layer of a finer resolution before {layer!r}; name one")
-    return before[-1]
+    """The last never negative layer of a finer resolution than `layer`'s; of any where `layer` has no positions."""
+    images = images.to(device_of(model))
+    own = spatial_layers(model, images).get(layer)
+    found = _nonnegative(model, images, layer)
+    finer = [name for size, name in found.items() if own is None or size[0] * size[1] > own[0] * own[1]]
+    if not finer:
+        raise InputError(f"layer: there is no never negative layer of a finer resolution before {layer!r}; name one")
+    return finer[-1]
