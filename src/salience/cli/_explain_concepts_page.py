@@ -68,8 +68,8 @@ def _class_blocks(report: Any, one: ClassConcepts, images: ImageSet, name: str) 
     blocks = [
         report.heading(name[:1].upper() + name[1:]),
         report.facts({
-            "images predicted as it": len(one.images), "concepts learned from": len(one.learned),
-            "measured on": len(one.measured), "activations left out by the concepts": f"{one.relative_error:.0%}",
+            "images predicted as it": len(one.images), "of these held out to measure on": len(one.measured),
+            "activations left out by the concepts": f"{one.relative_error:.0%}",
             "predictions that survive being written in concepts": f"{one.agreement:.0%}",
         }),
         report.figure(
@@ -147,14 +147,14 @@ def _gallery(one: ClassConcepts, shown: Sequence[int], images: ImageSet) -> Figu
 
     from salience.cli._explain_saliency_page import overlay
 
-    figure = Figure(figsize=(8.6, 0.95 * max(1, len(shown)) + 0.2), layout="constrained")
+    figure = Figure(figsize=(8.6, 0.72 * max(1, len(shown)) + 0.1), layout="constrained")
     axes = figure.subplots(max(1, len(shown)), _CROPS + 2 * _MAPS, squeeze=False)
     for row, i in zip(axes, shown, strict=False):
         importance = one.importance[i]
         row[0].set_ylabel(
             f"concept {i}\n{importance.mean:.2f} ({importance.low:.2f} … {importance.high:.2f})\n"
             f"{'for' if one.effect[i] >= 0 else 'against'} the class",
-            fontsize=7, rotation=0, ha="right", va="center",
+            fontsize=8, rotation=0, ha="right", va="center",
         )  # fmt: skip
         crops = one.top_crops[i]
         for axis, cut in zip(row[:_CROPS], _cuts(one, one.craft, crops[:_CROPS], images), strict=False):
@@ -177,11 +177,11 @@ def _parts(one: ClassConcepts, parts: Craft, images: ImageSet) -> Figure:
 
     given = (parts.crop_codes_ * parts.components_.norm(dim=1)).sum(0)
     order = given.argsort(descending=True).tolist()
-    figure = Figure(figsize=(8.6, 0.95 * len(order) + 0.2), layout="constrained")
+    figure = Figure(figsize=(8.6, 0.72 * len(order) + 0.1), layout="constrained")
     axes = figure.subplots(len(order), 8, squeeze=False)
     for row, i in zip(axes, order, strict=True):
         row[0].set_ylabel(
-            f"part {i}\n{float(given[i] / given.sum()):.0%}", fontsize=7, rotation=0, ha="right", va="center"
+            f"part {i}\n{float(given[i] / given.sum()):.0%}", fontsize=8, rotation=0, ha="right", va="center"
         )
         for axis, cut in zip(row, _cuts(one, parts, top_crops(parts, i), images), strict=False):
             axis.imshow(cut, cmap="gray")

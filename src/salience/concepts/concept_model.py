@@ -61,7 +61,8 @@ class ConceptModel(nn.Module):
     def decode(self, codes: Codes) -> Float[Tensor, "n ..."]:
         """Activations as the layer gives them, from codes."""
         activations = _each(self.extractor.decode, codes)
-        return activations.movedim(-1, 1) if activations.ndim == 4 else activations
+        # Contiguous as from the network itself: layers behind are slower on another layout.
+        return activations.movedim(-1, 1).contiguous() if activations.ndim == 4 else activations
 
     def forward(self, codes: Codes, images: Images) -> Float[Tensor, "n classes"]:
         """Logits of codes.
@@ -73,7 +74,7 @@ class ConceptModel(nn.Module):
             What a skip connection carries around the layer comes from here.
         """
         with training_mode(self.model, False):
-            logits = self.split.decode(self.decode(codes), images)
+            logits = self.split.decode(self.decode(codes), images, copy=False)
         return logits.mean((2, 3)) if logits.ndim == 4 else logits
 
 

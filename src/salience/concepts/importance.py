@@ -26,7 +26,7 @@ def sobol_importance(
     estimator: str = "jansen",
     sampler: str = "halton",
     random_state: int | None = None,
-    batch_size: int = 64,
+    batch_size: int = 256,
 ) -> Float[np.ndarray, "n k"]:
     """Total Sobol index of each concept's code, for each image.
 
@@ -49,7 +49,7 @@ def sobol_importance(
         Give every image a scrambled design of its own, so that the spread over images holds the error of the designs.
         By default all images share the plain one.
     batch_size : int
-        Masks at once.
+        Masks at once; halved when memory runs out. With each batch one row also goes through the layers in front.
 
     Returns
     -------

@@ -104,23 +104,30 @@ def nmf(
         if u.shape != (n, n_concepts) or v.shape != (n_concepts, p) or float(u.min()) < 0 or float(v.min()) < 0:
             raise InputError(f"init: must be non-negative, ({n}, {n_concepts}) and ({n_concepts}, {p}); "
                              f"got {tuple(u.shape)} and {tuple(v.shape)}")  # fmt: skip
-    u = u.T.contiguous()
-    first, iteration = None, 0
-    for iteration in range(1, max_iter + 1):
-        change, uu = torch.zeros((), dtype=torch.float64, device=rows.device), 0
-        ua: Any = 0
-        gram = v @ v.T
-        for where, a in rows:
-            part = u[:, where].contiguous()
-            change += _sweep(part, gram, v @ a.T)
-            u[:, where] = part
-            uu, ua = uu + (part @ part.T).double(), ua + (part @ a).double()
-        change += _sweep(v, uu.to(v.dtype), ua.to(v.dtype))  # type: ignore[attr-defined]
-        first = float(change) if first is None else first
-        if float(change) <= tol * first:
+    u, first, n_iter = u.T.contiguous(), 0.0, 0
+    while n_iter < max_iter:
+        n_iter += 1
+        change = _iterate(rows, u, v)
+        first = first or change
+        if change <= tol * first:
             break
     residual = sum(float((a - u[:, where].T @ v).double().square().sum()) for where, a in rows)
-    return Factorization(u.T.contiguous().cpu(), v.cpu(), (residual / square) ** 0.5 if square else 0.0, iteration)
+    return Factorization(u.T.contiguous().cpu(), v.cpu(), (residual / square) ** 0.5 if square else 0.0, n_iter)
+
+
+def _iterate(rows: _Rows, u: Float[Tensor, "k n"], v: Float[Tensor, "k p"]) -> float:
+    """One pass over the rows, codes and dictionary brought up to date in place; the weighed sum of the changes."""
+    gram = v @ v.T
+    uu = torch.zeros_like(gram, dtype=torch.float64)
+    ua = torch.zeros_like(v, dtype=torch.float64)
+    change = torch.zeros((), dtype=torch.float64, device=rows.device)
+    for where, a in rows:
+        part = u[:, where]
+        change += _sweep(part, gram, v @ a.T)
+        uu += part @ part.T
+        ua += part @ a
+    change += _sweep(v, uu.to(v.dtype), ua.to(v.dtype))
+    return float(change)
 
 
 class _Rows:
@@ -189,8 +196,8 @@ def _sweep(x: Float[Tensor, "k m"], gram: Float[Tensor, "k k"], target: Float[Te
     change = torch.zeros((), dtype=torch.float64, device=x.device)
     for t, row in enumerate(x):
         if alive[t]:
-            new = torch.addmv(target[t], x.T, gram[t], beta=1, alpha=-1).div_(curvature[t]).add_(row).clamp_(min=0)
-            change += (new - row).abs_().sum() * curvature[t]
+            new = torch.addmv(target[t], x.T, gram[t], alpha=-1).div_(curvature[t]).add_(row).clamp_(min=0)
+            change += row.sub_(new).abs_().sum() * curvature[t]
             row.copy_(new)
     return change
 

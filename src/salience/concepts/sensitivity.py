@@ -5,8 +5,8 @@
 A design of `n_design` points in k dimensions has three blocks of masks in 0..1: `A` and `B`, the two halves of one
 low-discrepancy sequence in 2k dimensions, and `C_i` for each input, which is `A` with column i from `B`.
 
-Source: section 3.2 of CRAFT (arXiv 2211.10154); Jansen, "Analysis of variance designs for model output", 1999; the other
-estimators as told at `ESTIMATORS`.
+Source: section 3.2 of CRAFT (arXiv 2211.10154); Jansen, "Analysis of variance designs for model output", 1999; the
+other estimators as told at `ESTIMATORS`.
 """
 
 from __future__ import annotations

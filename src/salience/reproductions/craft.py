@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SIDE, PATCH, STRIDE, SHEAR = 16, 12, 4, 0.5
 LATE, EARLY, CONVOLUTION = "relu7", "relu3", "relu4"
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 30, 2e-3, 0.1
-CONCEPTS, PARTS = 4, 2  # in the last narrow layer; of a concept, as there are two styles
+CONCEPTS, PARTS = 4, 5  # in the last narrow layer; of a concept, as `Craft.refine` makes them
 DRAWS = 20  # random orders
 ISHIGAMI = np.array([0.5576, 0.4424, 0.2437])  # total indices for a = 7, b = 0.1, from the closed form
 
@@ -115,10 +115,10 @@ def reproduce(run: Run) -> Outcome:
         intervals={"gain in purity": (gain.low, gain.high)},
         pictures={"A mixed concept and its parts": _parts(splits[0]), "Concepts out, concepts in": _curves(figures)},
         notes=[
-            f"The parent is the concept of {LATE} whose upper tenth of crops is most evenly mixed in style. Its purity is "
-            "the share of the commoner style among them; that of parts the same share among the half of these crops "
-            f"that hold most of a part, mean over the parts and over {len(splits)} digits.",
-            "Gradient x code: nearness to the two centres of k-means on all concepts' values, the best of several splits.",
+            f"The parent is the concept of {LATE} whose upper tenth of crops is most mixed in style. Its purity "
+            f"is the share of the commoner style among them; that of {PARTS} parts the same share among the n / {PARTS} "
+            f"of these n crops that hold most of a part, mean over the parts and over {len(splits)} digits.",
+            "Gradient x code: nearness to the centres of k-means on the values of all concepts.",
             "Curves are told and not judged: gradient x code passes bars that the Sobol order passes.",
         ],
     )  # fmt: skip
@@ -293,9 +293,9 @@ def follow(model: nn.Module, learn: Styled, test: Styled, digit: int, run: Run) 
 def _parts(split: Apart) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    halves = tops(split.parts.crop_codes_.numpy())
-    rows = {"the concept": np.arange(len(split.styles)), "part 1": halves[0], "part 2": halves[1]}
+    figure = Figure(figsize=(7, 5.4), layout="constrained")
+    own = tops(split.parts.crop_codes_.numpy())
+    rows = {"the concept": np.arange(len(split.styles)), **{f"part {i + 1}": top for i, top in enumerate(own)}}
     axes = figure.subplots(len(rows), 10)
     for row, (name, mine) in zip(axes, rows.items(), strict=True):
         share = np.bincount(split.styles[mine]).max() / len(mine)

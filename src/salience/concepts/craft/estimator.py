@@ -5,8 +5,8 @@
     crops with U_i in the upper tenth  ->  the same at an earlier layer     what a concept is made of
     dU_i/dx through the least-squares problem  ->  any attribution          where
 
-Source: Fel, Picard, Béthune, Boissin, Vigouroux, Colin, Cadène and Serre, CVPR 2023 (arXiv 2211.10154), and the authors'
-code. Recursion and concept attribution maps, which the published torch code lacks, follow the paper's text.
+Source: Fel, Picard, Béthune, Boissin, Vigouroux, Colin, Cadène and Serre, CVPR 2023 (arXiv 2211.10154), and the
+authors' code. Recursion and concept attribution maps, which the published torch code lacks, follow the paper's text.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Craft(BaseEstimator):
         check_is_fitted(self)
         return sobol_importance(
             self.concepts_, self.transform(images), images, class_id, n_design=n_design, estimator=estimator,
-            sampler=sampler, random_state=random_state, batch_size=self.batch_size,
+            sampler=sampler, random_state=random_state,
         )  # fmt: skip
 
     def attribution_maps(

@@ -231,8 +231,7 @@ def _explain_class(
 
     pictures = stacked(images, learned[spread(len(learned), measure)])
     codes = fitted.transform(pictures)
-    totals = sobol_importance(concepts, codes, pictures, class_id, n_design=n_design, random_state=random_state,
-                              batch_size=craft.batch_size)  # fmt: skip
+    totals = sobol_importance(concepts, codes, pictures, class_id, n_design=n_design, random_state=random_state)
     importance = [bootstrap_interval(column, random_state=random_state) for column in totals.T]
     effects = gradient_input(concepts, codes, pictures, class_id, batch_size=craft.batch_size)
     ranks = {
