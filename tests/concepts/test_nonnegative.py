@@ -47,7 +47,7 @@ def test_from_the_same_beginning_it_is_scikit_learns():
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_its_own_beginning_is_as_good(k):
     a = parts()
-    ours = nmf(a, k).relative_error
+    ours = np.mean([nmf(a, k, random_state=seed).relative_error for seed in range(4)])  # 12 fit noise: many optima
     _, theirs = sklearn_nmf(a, k)
     assert ours <= 1.01 * theirs.reconstruction_err_ / np.linalg.norm(a)
 

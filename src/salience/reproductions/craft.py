@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SIDE, PATCH, STRIDE, SHEAR = 16, 12, 4, 0.5
 LATE, EARLY, CONVOLUTION = "relu7", "relu3", "relu4"
 EPOCHS, LEARNING_RATE, WEIGHT_DECAY = 30, 2e-3, 0.1
-CONCEPTS, PARTS = 4, 5  # in the last narrow layer; of a concept, as `Craft.refine` makes them
+CONCEPTS, PARTS = 4, 3  # in the last narrow layer; of a concept, as the command makes them
 DRAWS = 20  # random orders
 ISHIGAMI = np.array([0.5576, 0.4424, 0.2437])  # total indices for a = 7, b = 0.1, from the closed form
 
@@ -116,8 +116,8 @@ def reproduce(run: Run) -> Outcome:
         pictures={"A mixed concept and its parts": _parts(splits[0]), "Concepts out, concepts in": _curves(figures)},
         notes=[
             f"The parent is the concept of {LATE} whose upper tenth of crops is most mixed in style. Its purity "
-            f"is the share of the commoner style among them; that of {PARTS} parts the same share among the n / {PARTS} "
-            f"of these n crops that hold most of a part, mean over the parts and over {len(splits)} digits.",
+            f"is the share of the commoner style among them; that of {PARTS} parts the same share among the n / {PARTS}"
+            f" of these n crops that hold most of a part, mean over the parts and over {len(splits)} digits.",
             "Gradient x code: nearness to the centres of k-means on the values of all concepts.",
             "Curves are told and not judged: gradient x code passes bars that the Sobol order passes.",
         ],

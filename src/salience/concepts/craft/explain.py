@@ -103,7 +103,8 @@ class ConceptProof:
             return f"{text}, which may be luck"
         if self.over_heuristic.low > 0:
             return f"{text}, and than {self.heuristic}"
-        return f"{text}, but no better than {self.heuristic}"
+        less = "less well than" if self.over_heuristic.high < 0 else "no better than"
+        return f"{text}, but {less} {self.heuristic}"
 
 
 @dataclass
