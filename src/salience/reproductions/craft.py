@@ -103,8 +103,9 @@ def reproduce(run: Run) -> Outcome:
         ],
         controls=[
             Control("random splits", "random", {"gain in purity": float(gains["random split"].mean())}),
-            Control("gradient x code", "fake", {"gain in purity": float(gains["gradient x code"].mean())}),
-            Control("the same layer again", "fake", {"gain in purity": float(gains["same layer"].mean())}),
+            # A network that has hardly been trained has not let styles fall together, so its last layer splits them.
+            *(Control(name, "fake", {"gain in purity": float(gains[name].mean())})
+              for name in ("gradient x code", "same layer") if not run.smoke),
             Control("first-order indices", "fake", {
                 "largest error on Ishigami": float(np.abs(firsts - ISHIGAMI).max()),
                 "largest difference to the reference estimator": float(np.abs(firsts - totals).max()),
