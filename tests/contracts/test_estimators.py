@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 from salience.data import HeuristicClassifier
 from salience.errors import MissingExtra
 from salience.papers import load
+from tiny import build
 
 RAW = ["the cat sat on the mat and saw a dog"] * 8 + [f"def add{n}(a, b): return a + b" for n in range(8)]
 TARGET = ["def sub(a, b): return a - b", "def mul(a, b): return a * b"]
@@ -28,6 +29,8 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
     torch.manual_seed(0)
     return tuple(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2))
 
+
+PICTURES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 # How each estimator is fitted on something small, and what it chooses then: entry -> (parameters, fit, result).
 TABLE = np.random.default_rng(0).normal(size=(80, 4))
@@ -66,6 +69,11 @@ FITS = {
         {"epochs": 2, "hidden": 4, "reduction": 0.8},
         lambda model: model.fit(TABLE, LABELS),
         lambda model: model.select(),
+    ),
+    "salience.concepts:Craft": (
+        {"layer": "relu2", "n_concepts": 3, "patch_size": 8, "crops": "random", "crops_per_image": 4},
+        lambda model: model.fit(build("plain"), PICTURES),
+        lambda model: (model.transform(PICTURES[:1]), model.components_.numpy())[1],
     ),
     "salience.data:KMQSelector": (
         {"n_clusters": 4},

@@ -54,7 +54,9 @@ class Split:
                 return captured[self.layer]
         raise InputError(f"layer: {self.layer!r} does not run when the model does")
 
-    def decode(self, activations: Float[Tensor, "batch ..."], inputs: Any) -> Float[Tensor, "batch ..."]:
+    def decode(
+        self, activations: Float[Tensor, "batch ..."], inputs: Any, *, copy: bool = True
+    ) -> Float[Tensor, "batch ..."]:
         """The logits that follow from `activations`.
 
         Parameters
@@ -64,6 +66,8 @@ class Split:
         inputs : tensor, tuple or mapping
             Any example batch of the same size, or of one row, which is cheaper and does for all rows. What
             a skip connection carries around the layer comes from here.
+        copy : bool
+            Hand a copy to the layers behind; without one, an operation in place there overwrites `activations`.
 
         Raises
         ------
@@ -80,8 +84,7 @@ class Split:
                     f"activations: have shape {tuple(activations.shape)}, but layer {self.layer!r} gives "
                     f"{tuple(own.shape)} for these inputs"
                 )
-            # A copy, or an operation in place behind the layer would overwrite the caller's tensor.
-            return activations.clone()
+            return activations.clone() if copy else activations
 
         with at.replace(self.model, self.layer, swap):
             logits = at.logits_of(at.run(self.model, inputs))
