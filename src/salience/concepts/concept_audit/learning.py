@@ -22,7 +22,10 @@ from salience.concepts.concept_audit.linear import (
 from salience.errors import DataError, InputError
 from salience.measure.similarity import linear_cka
 
-SAME, NEAR = 0.999, 0.95  # linear CKA from which on generic features are the explained model's own, or suspiciously near
+SAME, NEAR = (
+    0.999,
+    0.95,
+)  # linear CKA from which on generic features are the explained model's own, or suspiciously near
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,9 @@ def learnability(
         raise InputError(f"generic_feats and concepts: have {len(x)} and {len(y)} rows; they must be as many")
     count = scores.shape[1]
     if labels.min() < 0 or labels.max() >= count:
-        raise InputError(f"class_labels: go from {labels.min()} to {labels.max()}; the model has classes 0 to {count - 1}")
+        raise InputError(
+            f"class_labels: go from {labels.min()} to {labels.max()}; the model has classes 0 to {count - 1}"
+        )
     if explained_feats is not None:
         _refuse_circle(x, features_of("explained_feats", explained_feats))
     parts = split(len(x), random_state)
@@ -160,12 +165,14 @@ def _probe(x: np.ndarray, labels: np.ndarray, names: Sequence[str], parts: Any, 
 
 def _refuse_circle(generic: np.ndarray, own: np.ndarray) -> None:
     if len(generic) != len(own):
-        raise InputError(f"explained_feats: have {len(own)} rows; they must be of the {len(generic)} images of generic_feats")
+        raise InputError(
+            f"explained_feats: have {len(own)} rows; they must be of the {len(generic)} images of generic_feats"
+        )
     alike = linear_cka(generic, own)
     if alike >= SAME:
         raise InputError(
-            f"generic_feats: are the explained model's own features (linear CKA {alike:.3f}), which makes the audit go in "
-            "a circle; give features of a network that was trained on something else"
+            f"generic_feats: are the explained model's own features (linear CKA {alike:.3f}), which makes the "
+            "audit go in a circle; give features of a network that was trained on something else"
         )
     if alike >= NEAR:
         warnings.warn(

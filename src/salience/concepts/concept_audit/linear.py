@@ -299,7 +299,7 @@ def baseline_explanation(
     allowed = [one for one in tried if len(one.used) <= limit]
     above = [one.C for one in tried if len(one.used) > limit]
     if above:
-        low, high = (max((one.C for one in allowed if one.C < min(above)), default=min(above) / 100)), min(above)
+        low, high = (max((one.C for one in allowed if min(above) > one.C), default=min(above) / 100)), min(above)
         for _ in range(_BISECTIONS):
             one = at(float(np.sqrt(low * high)))
             low, high = (one.C, high) if len(one.used) <= limit else (low, one.C)

@@ -29,9 +29,7 @@ class Decomposition(NamedTuple):
     share: Float[np.ndarray, " classes"]
 
 
-def directional_derivatives(
-    gradients: Float[np.ndarray, "n p"], cavs: Mapping[str, CAV]
-) -> Float[np.ndarray, "n c"]:
+def directional_derivatives(gradients: Float[np.ndarray, "n p"], cavs: Mapping[str, CAV]) -> Float[np.ndarray, "n c"]:
     """How fast a class's logit rises along each concept's unit vector: the sensitivity that TCAV counts the signs of.
 
         S_i(x) = dg_k(h)/dh . v_i,    TCAV_k,i = share of the images of class k with S_i > 0
@@ -61,7 +59,8 @@ def unit_concept_iou(
 ) -> Float[np.ndarray, "p c"]:
     """Overlap of where a unit is highly active and where a concept is, over all images.
 
-        IoU_u,c = sum_x |M_u(x) and L_c(x)| / sum_x |M_u(x) or L_c(x)|,    M_u = [ A_u > t_u ],  P(A_u > t_u) = 1 - quantile
+        IoU_u,c = sum_x |M_u(x) and L_c(x)| / sum_x |M_u(x) or L_c(x)|
+        M_u = [ A_u > t_u ],    P(A_u > t_u) = 1 - quantile
 
     Parameters
     ----------
@@ -88,8 +87,8 @@ def unit_concept_iou(
     """
     values, truth = torch.as_tensor(np.asarray(activations, dtype=np.float64)), np.asarray(masks, dtype=bool)
     if values.ndim != truth.ndim or values.ndim not in (2, 4) or len(values) != len(truth):
-        raise InputError(f"activations {tuple(values.shape)} and masks {truth.shape}: must both be (n, units or concepts) "
-                         "or (n, units or concepts, height, width), of the same images")  # fmt: skip
+        raise InputError(f"activations {tuple(values.shape)} and masks {truth.shape}: must both be (n, ...) or (n, ..., "
+                         "height, width), of the same images")  # fmt: skip
     if not torch.isfinite(values).all():
         raise InputError("activations: hold NaN or infinite values")
     if not 0 < quantile < 1:

@@ -24,7 +24,12 @@ from salience.concepts.concept_audit.linear import (
     split,
     unfit,
 )
-from salience.concepts.concept_audit.others import directional_derivatives, unit_concept_iou, unit_concepts, unit_vectors
+from salience.concepts.concept_audit.others import (
+    directional_derivatives,
+    unit_concept_iou,
+    unit_concepts,
+    unit_vectors,
+)
 from salience.errors import DataError, InputError, nearest
 from salience.measure.paired import Interval, bootstrap_interval
 from salience.measure.ranking import spearman
@@ -130,7 +135,7 @@ class ProbeReport:
         return [name for name in self.cosines if name != self.control]
 
     def gap(self, other: str) -> Interval:
-        """Cosine with the control minus cosine with another set, mean over concepts; above 0 sampling does not explain it.
+        """Cosine with the control minus cosine with another set, mean over concepts: above 0 it is not sampling alone.
 
         The interval takes concepts for independent, which they are not quite.
         """
@@ -317,7 +322,9 @@ def _shared(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> float:
 
 
 def _same_units(sets: dict[str, ConceptData], reference: str) -> dict[str, float]:
-    found = {name: unit_concepts(unit_concept_iou(data.features, data.concepts, _ACTIVE)) for name, data in sets.items()}
+    found = {
+        name: unit_concepts(unit_concept_iou(data.features, data.concepts, _ACTIVE)) for name, data in sets.items()
+    }
     own = [(i, concept) for i, concept in enumerate(found[reference]) if concept is not None]
     return {name: float(np.mean([found[name][i] == concept for i, concept in own])) if own else float("nan")
             for name in sets if name != reference}  # fmt: skip
