@@ -2,8 +2,8 @@
 harder to learn than the classes they explain.
 
 Substitute for ADE20k against Pascal under a scene classifier: scikit-learn's digits, with concepts that are measured on
-each image (loops, ink, slant, symmetries, the ink of 16 cells, ...: above or below a quantile of its set). Two halves of
-the digits are two probe sets of one distribution; the second half turned, blurred, paler and noisy is the shifted one.
+each image (loops, ink, slant, symmetries, the ink of 16 cells, ...: above or below a quantile of its set). Two halves
+of the digits are two probe sets of one distribution; the second half turned, blurred, paler and noisy is the shifted one.
 The model is a small network that tells digits, the generic one has learned which way up they are. The study with people
 cannot be repeated at a desk.
 """
@@ -103,7 +103,7 @@ def reproduce(run: Run) -> Outcome:
         "median NAP of the model's classes": learn.threshold,
         "median NAP of digits learned like concepts": float(np.median(as_concepts)),
         "share of concepts below the median class": learn.share_below,
-        "share of concepts below the median digit": float(np.mean(np.array([*learn.nap.values()]) < np.median(as_concepts))),
+        "share of concepts below the median digit": float(np.mean([*learn.nap.values()] < np.median(as_concepts))),
         **shuffled,
         "NAP of shuffled labels off the base rate": abs(shuffled["NAP of shuffled labels"] - shuffled["base rate"]),
         **{f"fidelity with at most {one.k}": one.fidelity for one in path},
@@ -113,8 +113,8 @@ def reproduce(run: Run) -> Outcome:
         "accuracy of the model": float((seen(model, ink.test_x)[1].argmax(1) == ink.test_y).mean()),
     }  # fmt: skip
     return Outcome(
-        claim="explanations differ more between shifted probe sets than between halves of one set, and most concepts are "
-        "harder to learn than the classes they explain",
+        claim="explanations differ more between shifted probe sets than between halves of one set, and most concepts "
+        "are harder to learn than the classes they explain",
         level="mechanism",
         figures=figures,
         bars=[
@@ -130,8 +130,8 @@ def reproduce(run: Run) -> Outcome:
         intervals={"drop in cosine": (gap.low, gap.high)},
         pictures={"The three probe sets, and what the audits find": _picture(run, probes, shift, learn, path)},
         notes=[
-            f"{len(names)} concepts; compared are {len(shift.concepts)} that are frequent enough in all sets. Quantiles are "
-            "those of each set, so that the shift changes which images have a concept, and not how many.",
+            f"{len(names)} concepts; compared are {len(shift.concepts)} that are frequent enough in all sets. Quantiles "
+            "are those of each set, so that the shift changes which images have a concept, and not how many.",
             "That NAP of shuffled labels is near the base rate can have no random control: it is one.",
             "Recognition, simulation and preferences are of people and were not measured.",
         ],

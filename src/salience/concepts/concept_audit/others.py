@@ -87,8 +87,8 @@ def unit_concept_iou(
     """
     values, truth = torch.as_tensor(np.asarray(activations, dtype=np.float64)), np.asarray(masks, dtype=bool)
     if values.ndim != truth.ndim or values.ndim not in (2, 4) or len(values) != len(truth):
-        raise InputError(f"activations {tuple(values.shape)} and masks {truth.shape}: must both be (n, ...) or (n, ..., "
-                         "height, width), of the same images")  # fmt: skip
+        raise InputError(f"activations {tuple(values.shape)} and masks {truth.shape}: must both be (n, ...) or "
+                         "(n, ..., height, width), of the same images")  # fmt: skip
     if not torch.isfinite(values).all():
         raise InputError("activations: hold NaN or infinite values")
     if not 0 < quantile < 1:

@@ -121,8 +121,8 @@ def _concepts(
         if len(bad):
             row = int(bad[0])
             raise DataError(
-                f"{place}, row {row}, column {name!r}: holds {columns[name][row].as_py()!r}; a concept is 0 or 1 in every "
-                "row (name the columns that are concepts to leave out others)"
+                f"{place}, row {row}, column {name!r}: holds {columns[name][row].as_py()!r}; a concept is 0 or 1 in "
+                "every row (name the columns that are concepts to leave out others)"
             )
         assert values is not None
         names.append(name)

@@ -104,7 +104,8 @@ class ProbeReport:
     bottleneck, bottleneck_transfer : dict of str to float
         The same two figures for a linear head on predicted concepts.
     units : dict of str to float
-        Of each other set: share of the units of some concept that are of the same concept there (by whole images).
+        Of each other set: share of the units of some concept that are of the same concept there, by an overlap over
+        whole images of 0.04 beyond chance.
     tcav : dict of str to float
         Of each other set: rank correlation of the concepts' mean directional derivatives, mean over classes.
     notes : list of str
@@ -322,9 +323,12 @@ def _shared(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> float:
 
 
 def _same_units(sets: dict[str, ConceptData], reference: str) -> dict[str, float]:
-    found = {
-        name: unit_concepts(unit_concept_iou(data.features, data.concepts, _ACTIVE)) for name, data in sets.items()
-    }
+    # Of whole images even a unit that knows nothing overlaps with a frequent concept: what counts is beyond chance.
+    found, on = {}, 1 - _ACTIVE
+    for name, data in sets.items():
+        share = data.concepts.mean(0)
+        chance = on * share / (on + share - on * share)
+        found[name] = unit_concepts(unit_concept_iou(data.features, data.concepts, _ACTIVE) - chance)
     own = [(i, concept) for i, concept in enumerate(found[reference]) if concept is not None]
     return {name: float(np.mean([found[name][i] == concept for i, concept in own])) if own else float("nan")
             for name in sets if name != reference}  # fmt: skip

@@ -106,8 +106,8 @@ class UserStudyKit:
         predicted = classes_of(predictions, len(truth))
         if len(pictures) != len(truth) or truth.shape[1] != len(explanation.names) or n < 1:
             raise InputError(
-                f"pictures ({len(pictures)}), concepts {truth.shape}, {len(explanation.names)} names and n = {n}: must fit "
-                "each other, and n be at least 1"
+                f"pictures ({len(pictures)}), concepts {truth.shape}, {len(explanation.names)} names and n = {n}: "
+                "must fit each other, and n be at least 1"
             )
         shown = [explanation.names.index(name) for name in explanation.used]
         if not shown and self.arm == "concepts":

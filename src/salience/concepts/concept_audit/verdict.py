@@ -289,13 +289,13 @@ def _on_shift(shift: ProbeReport) -> list[Finding]:
     found = []
     for other in shift.others:
         gap, agrees, mean = shift.gap(other), shift.agrees(other), _mean(shift.cosines[other])
+        here, there = shift.transfer[shift.control], shift.transfer[other]
         found.append(Finding(
             f"{shift.reference} and {other} {'agree' if agrees else 'disagree'}",
-            f"concept vectors of {shift.reference} and {other} have a mean cosine of {mean:.2f}, those of {pair}, of one "
-            f"distribution, {noise:.2f} (difference {gap.mean:.2f}, 95 % interval {gap.low:.2f} to {gap.high:.2f}): "
+            f"concept vectors of {shift.reference} and {other} have a mean cosine of {mean:.2f}, those of {pair}, of "
+            f"one distribution, {noise:.2f} (difference {gap.mean:.2f}, 95 % interval {gap.low:.2f} to {gap.high:.2f}): "
             f"{'no ' if agrees else ''}more than sampling explains. The explanation of {shift.reference} foretells "
-            f"{shift.transfer[other]:.0%} of the model's predictions on {other}, and {shift.transfer[shift.control]:.0%} "
-            f"on {shift.control}",
+            f"{there:.0%} of the model's predictions on {other}, and {here:.0%} on {shift.control}",
             agrees,
         ))  # fmt: skip
     return found
@@ -307,8 +307,8 @@ def _on_learning(learn: LearnReport) -> Finding:
     asked = "the model's median class has" if learn.nap_classes else "asked for is"
     return Finding(
         f"{kept} of {count} concepts are learnable",
-        f"learned from generic features, the median concept has a normalised average precision of {median:.2f}, {asked} "
-        f"{learn.threshold:.2f}; "
+        f"learned from generic features, the median concept has a normalised average precision of {median:.2f}, "
+        f"{asked} {learn.threshold:.2f}; "
         f"{1 - kept / count:.0%} of the concepts are below that" + (
             "" if kept == count else ", so explanations by them explain the simple by the difficult"
         ),
