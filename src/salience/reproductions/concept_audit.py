@@ -3,9 +3,9 @@ harder to learn than the classes they explain.
 
 Substitute for ADE20k against Pascal under a scene classifier: scikit-learn's digits, with concepts that are measured on
 each image (loops, ink, slant, symmetries, the ink of 16 cells, ...: above or below a quantile of its set). Two halves
-of the digits are two probe sets of one distribution; the second half turned, blurred, paler and noisy is the shifted one.
-The model is a small network that tells digits, the generic one has learned which way up they are. The study with people
-cannot be repeated at a desk.
+of the digits are two probe sets of one distribution; the second half, turned, blurred, paler and noisy, is the shifted
+one. The model is a small network that tells digits, the generic one has learned which way up they are. The study with
+people cannot be repeated at a desk.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ def reproduce(run: Run) -> Outcome:
         intervals={"drop in cosine": (gap.low, gap.high)},
         pictures={"The three probe sets, and what the audits find": _picture(run, probes, shift, learn, path)},
         notes=[
-            f"{len(names)} concepts; compared are {len(shift.concepts)} that are frequent enough in all sets. Quantiles "
-            "are those of each set, so that the shift changes which images have a concept, and not how many.",
+            f"{len(names)} concepts; {len(shift.concepts)} are frequent enough in all sets to be compared. Quantiles are "
+            "those of each set, so that the shift changes which images have a concept, and not how many.",
             "That NAP of shuffled labels is near the base rate can have no random control: it is one.",
             "Recognition, simulation and preferences are of people and were not measured.",
         ],

@@ -74,6 +74,8 @@ class AuditReport:
     basis_left : float
         Part of the length of the weights that these leave over, mean over classes; NaN where another layer was read.
     class_names : dict of int to str
+    predictions : array (n,) of int
+        The model's classes of the first probe set.
     findings : list of Finding
         The probe sets, learnability and the number of concepts, in this order.
     notes : list of str
@@ -86,6 +88,7 @@ class AuditReport:
     basis: dict[int, list[tuple[str, float]]]
     basis_left: float
     class_names: dict[int, str]
+    predictions: Int[np.ndarray, " n"]
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -233,10 +236,9 @@ def audit(
     never = sorted(set(range(logits[first].shape[1])) - set(own.predictions.tolist()))
     if never:
         shown = ", ".join(map(str, never[:8])) + (", …" if len(never) > 8 else "")
-        notes.append(
-            f"the model never predicts {len(never)} of its classes on {first} ({shown}): nothing is said of them"
-        )
-    report = AuditReport(shift, learn, path, advised, basis, left, dict(class_names or {}), notes=notes + shift.notes)
+        notes.append(f"nothing is said of classes that the model never predicts on {first}: {shown}")
+    report = AuditReport(shift, learn, path, advised, basis, left, dict(class_names or {}), own.predictions,
+                         notes=notes + shift.notes)  # fmt: skip
     return replace(report, findings=[*_on_shift(shift), _on_learning(learn), _on_number(report)])
 
 
@@ -293,8 +295,8 @@ def _on_shift(shift: ProbeReport) -> list[Finding]:
         found.append(Finding(
             f"{shift.reference} and {other} {'agree' if agrees else 'disagree'}",
             f"concept vectors of {shift.reference} and {other} have a mean cosine of {mean:.2f}, those of {pair}, of "
-            f"one distribution, {noise:.2f} (difference {gap.mean:.2f}, 95 % interval {gap.low:.2f} to {gap.high:.2f}): "
-            f"{'no ' if agrees else ''}more than sampling explains. The explanation of {shift.reference} foretells "
+            f"one distribution, {noise:.2f} (difference {gap.mean:.2f}, 95 % interval {gap.low:.2f} to {gap.high:.2f}: "
+            f"{'no ' if agrees else ''}more than sampling explains). The explanation of {shift.reference} foretells "
             f"{there:.0%} of the model's predictions on {other}, and {here:.0%} on {shift.control}",
             agrees,
         ))  # fmt: skip
