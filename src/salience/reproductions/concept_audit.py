@@ -45,7 +45,7 @@ LOW, HIGH = 0.3, 0.7  # quantiles below and above which an attribute is a concep
 PAPER = 0.3  # ink below which a pixel belongs to the background, of which loops are islands
 KS = (4, 8, 16, 24, 32, 40, 48, 64)
 DRAWS = 20  # random explanations
-SMOKE_ROWS = 500
+SMOKE_ROWS, SMOKE_KS = 360, (8, 32, 64)
 
 
 def reproduce(run: Run) -> Outcome:
@@ -86,7 +86,7 @@ def reproduce(run: Run) -> Outcome:
     # Audit C: number of concepts.
     run.step("counting concepts")
     predictions = seen(model, everything)[1].argmax(1)
-    path = capacity_path(concepts.astype(np.float64), predictions, KS, names=names)
+    path = capacity_path(concepts.astype(np.float64), predictions, SMOKE_KS if short else KS, names=names)
     test = concepts[parts.test].astype(np.float64), predictions[parts.test]
 
     figures = {
@@ -130,8 +130,8 @@ def reproduce(run: Run) -> Outcome:
         intervals={"drop in cosine": (gap.low, gap.high)},
         pictures={"The three probe sets, and what the audits find": _picture(run, probes, shift, learn, path)},
         notes=[
-            f"{len(names)} concepts; {len(shift.concepts)} are frequent enough in all sets to be compared. Quantiles are "
-            "those of each set, so that the shift changes which images have a concept, and not how many.",
+            f"{len(names)} concepts; {len(shift.concepts)} are frequent enough in all sets to be compared. Quantiles "
+            "are those of each set, so that the shift changes which images have a concept, and not how many.",
             "That NAP of shuffled labels is near the base rate can have no random control: it is one.",
             "Recognition, simulation and preferences are of people and were not measured.",
         ],
