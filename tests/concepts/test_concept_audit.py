@@ -627,6 +627,25 @@ def test_the_audit_without_labels_with_one_set_and_with_a_layer():
     assert audit(Net(0), only, Net(1), threshold=0.0).findings[1].good is True
 
 
+def test_what_is_said_of_learnability():
+    from salience.concepts import LearnReport
+    from salience.concepts.concept_audit.verdict import _on_learning
+
+    def said(probed: float, threshold: float):
+        return _on_learning(LearnReport({"a": 0.5, "b": 0.7}, {0: 0.95}, {0: probed}, threshold, 10.0))
+
+    assert said(0.9, 0.6).good is False and "1 of 2" in said(0.9, 0.6).title and "50% of" in said(0.9, 0.6).text
+    assert said(0.4, 0.6).good is None and said(0.4, 0.4).good is True
+
+
+def test_a_generic_network_too_weak_to_tell_is_named():
+    given = {"street": probes()["street"]}
+    noisy = np.concatenate([given["street"].concepts * 1.0, np.zeros((600, 3))], axis=1)
+    noisy = noisy + np.random.default_rng(0).normal(scale=0.3, size=noisy.shape)  # all of the concepts, nothing else
+    found = audit(Net(0), given, noisy, threshold=0.995).findings[1]
+    assert found.good is None and "too weak to tell" in found.text
+
+
 def test_the_audit_refuses_to_go_in_a_circle():
     with pytest.raises(InputError, match="circle"):
         audit(Net(0), probes(), Net(0))

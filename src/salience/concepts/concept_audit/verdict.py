@@ -94,8 +94,8 @@ class AuditReport:
 
     @property
     def warnings(self) -> list[str]:
-        """What speaks against trusting the explanation."""
-        return [finding.text for finding in self.findings if finding.good is False] + self.notes
+        """What speaks against trusting the explanation, and what could not be told."""
+        return [finding.text for finding in self.findings if not finding.good] + self.notes
 
     @property
     def full(self) -> Capacity:
@@ -307,15 +307,22 @@ def _on_learning(learn: LearnReport) -> Finding:
     kept, count = sum(learn.keep.values()), len(learn.nap)
     median = float(np.median(list(learn.nap.values())))
     asked = "the model's median class has" if learn.nap_classes else "asked for is"
-    return Finding(
-        f"{kept} of {count} concepts are learnable",
+    text = (
         f"learned from generic features, the median concept has a normalised average precision of {median:.2f}, "
-        f"{asked} {learn.threshold:.2f}; "
-        f"{1 - kept / count:.0%} of the concepts are below that" + (
-            "" if kept == count else ", so explanations by them explain the simple by the difficult"
-        ),
-        kept == count,
-    )  # fmt: skip
+        f"{asked} {learn.threshold:.2f}; {1 - kept / count:.0%} of the concepts are below that"
+    )
+    again = (
+        float(np.median(list(learn.nap_probed.values()))) if learn.nap_classes and learn.nap_probed else float("nan")
+    )
+    if kept < count and again < median:  # then the probe is to blame, and not the concepts
+        text += (
+            f". But the classes themselves, learned as the concepts are, have {again:.2f} only: the generic network is "
+            "too weak to tell"
+        )
+        return Finding(f"{kept} of {count} concepts are learnable, from a weak network", text, None)
+    if kept < count:
+        text += ", so explanations by them explain the simple by the difficult"
+    return Finding(f"{kept} of {count} concepts are learnable", text, kept == count)
 
 
 def _on_number(report: AuditReport) -> Finding:
