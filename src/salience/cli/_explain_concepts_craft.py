@@ -118,7 +118,7 @@ def _print_plan(asked: Request, options: dict[str, Any], design: int) -> None:
 
     pictures = torch.stack([asked.images[i][0] for i in range(min(2, len(asked.images)))])
     crops = make_crops(pictures[:1], patch_size=options["patch_size"], stride=options["stride"], kind=options["crops"])
-    plan = {
+    plan: dict[str, Any] = {
         "images": len(asked.images), "image_size": list(pictures[0].shape), "classes": asked.classes,
         "layer": asked.layer or nonnegative_layers(asked.model, pictures)[-1], "patch_size": crops.patch_size,
         "crops_per_image": len(crops), "passes_behind_the_layer_per_image": design * (asked.n_concepts + 2),
