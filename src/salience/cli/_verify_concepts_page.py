@@ -105,7 +105,7 @@ def _learnability(report: Any, found: AuditReport) -> list[Any]:
 
 
 def _capacity(report: Any, found: AuditReport) -> list[Any]:
-    from salience.concepts.concept_audit.linear import LIMIT
+    from salience.concepts.concept_audit.explaining import LIMIT
     from salience.report import figures
 
     path = {len(one.names): one for one in found.path if one.names}

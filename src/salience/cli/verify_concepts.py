@@ -188,7 +188,7 @@ def _write_study(folder: Any, found: AuditReport, one: ProbeFiles, rows: np.ndar
     import numpy as np
 
     from salience.concepts import UserStudyKit, capacity_path
-    from salience.concepts.concept_audit.linear import STUDY_KS
+    from salience.concepts.concept_audit.explaining import STUDY_KS
 
     arm, k, tasks = study
     labels, predicted = one.concepts[rows], found.predictions

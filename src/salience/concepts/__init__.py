@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
-    from salience.concepts.concept_audit.learning import LearnReport, learnability
-    from salience.concepts.concept_audit.linear import (
-        CAV,
+    from salience.concepts.concept_audit.explaining import (
         Capacity,
         LinearExplanation,
         baseline_explanation,
         capacity_path,
-        fit_cav,
-        fit_cavs,
-        normalized_ap,
-        predicted_concepts,
     )
+    from salience.concepts.concept_audit.learning import LearnReport, learnability
+    from salience.concepts.concept_audit.linear import CAV, fit_cav, fit_cavs, normalized_ap, predicted_concepts
     from salience.concepts.concept_audit.others import (
         Decomposition,
         basis_decomposition,
@@ -40,9 +36,9 @@ if TYPE_CHECKING:
 
 _WHERE: dict[str, str] = {
     **dict.fromkeys(("LearnReport", "learnability"), "concept_audit.learning"),
-    **dict.fromkeys(
-        ("CAV", "Capacity", "LinearExplanation", "baseline_explanation", "capacity_path", "fit_cav", "fit_cavs",
-         "normalized_ap", "predicted_concepts"), "concept_audit.linear"),
+    **dict.fromkeys(("Capacity", "LinearExplanation", "baseline_explanation", "capacity_path"),
+                    "concept_audit.explaining"),
+    **dict.fromkeys(("CAV", "fit_cav", "fit_cavs", "normalized_ap", "predicted_concepts"), "concept_audit.linear"),
     **dict.fromkeys(("Decomposition", "basis_decomposition", "directional_derivatives", "unit_concept_iou"),
                     "concept_audit.others"),
     "read_probe": "concept_audit.reading",

@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from sklearn.metrics import roc_auc_score
 
+from salience.concepts.concept_audit.explaining import LinearExplanation, baseline_explanation
 from salience.concepts.concept_audit.linear import (
     CAV,
-    LinearExplanation,
     Parts,
-    baseline_explanation,
     classes_of,
     features_of,
     fit_cav,

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from salience.concepts.concept_audit.linear import LIMIT, Capacity, LinearExplanation, classes_of, labels_of
+from salience.concepts.concept_audit.explaining import LIMIT, Capacity, LinearExplanation
+from salience.concepts.concept_audit.linear import classes_of, labels_of
 from salience.errors import DataError, InputError, NothingToDo
 
 ARMS = ("concepts", "examples")

@@ -12,17 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
+from salience.concepts.concept_audit.explaining import LIMIT, STUDY_KS, Capacity, capacity_path
 from salience.concepts.concept_audit.learning import LearnReport, learnability
-from salience.concepts.concept_audit.linear import (
-    LIMIT,
-    STUDY_KS,
-    Capacity,
-    capacity_path,
-    fit_cavs,
-    labels_of,
-    names_of,
-    split,
-)
+from salience.concepts.concept_audit.linear import fit_cavs, labels_of, names_of, split
 from salience.concepts.concept_audit.observing import last_linear, observe
 from salience.concepts.concept_audit.others import basis_decomposition
 from salience.concepts.concept_audit.shift import ConceptData, ProbeReport, probe_shift
