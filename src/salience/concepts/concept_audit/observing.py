@@ -51,6 +51,7 @@ def observe(model: nn.Module, images: Any, layer: str | None = None, *, batch_si
         pixels = batch if isinstance(batch, Tensor) else images_and_labels(batch)[0]
         with torch.enable_grad(), _read(model, layer) as held:
             logits = at.logits_of(at.run(model, pixels.to(device)))
+            logits = logits.mean((2, 3)) if logits.ndim == 4 else logits  # fully convolutional
             if "h" not in held:
                 raise InputError(
                     f"layer: {layer or 'the last linear layer'} does not run when {type(model).__name__} does"
