@@ -133,8 +133,8 @@ def reproduce(run: Run) -> Outcome:
             f"{len(names)} concepts; {len(shift.concepts)} are frequent enough in all sets to be compared. Quantiles "
             "are those of each set, so that the shift changes which images have a concept, and not how many.",
             "That NAP of shuffled labels is near the base rate can have no random control: it is one.",
-            "That more concepts lose nothing holds for any order of the same coefficients, so this bar has no plausible "
-            "fake that misses; it tells apart what is random.",
+            "That more concepts lose nothing holds for any order of the same coefficients, so this bar has no "
+            "plausible fake that misses; it tells apart what is random.",
             "Recognition, simulation and preferences are of people and were not measured.",
         ],
     )  # fmt: skip
