@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -196,10 +196,10 @@ def _write_study(folder: Any, found: AuditReport, one: ProbeFiles, rows: np.ndar
     chosen = classes[np.argsort(-counts, kind="stable")[:_CLASSES]]
     own = np.isin(predicted, chosen)
     try:
-        path = capacity_path(labels[own].astype(float), predicted[own], {*STUDY_KS, k}, names=one.names)
+        path = capacity_path(labels[own].astype(float), predicted[own], (*STUDY_KS, k), names=one.names)
         explanation = next(each.explanation for each in path if each.k >= k and each.names)
         kit = UserStudyKit(arm=arm, random_state=seed)
-        page = kit.make_tasks(_Pictures(one, rows), labels, predicted, explanation, tasks, class_names=found.class_names,
+        page = kit.make_tasks(cast(Any, _Pictures(one, rows)), labels, predicted, explanation, tasks, class_names=found.class_names,
                               path=[each for each in path if each.k in STUDY_KS])  # fmt: skip
     except (SalienceError, StopIteration) as error:
         return f"no study was made: {error}" if str(error) else "no study was made: no explanation uses a concept"

@@ -360,12 +360,12 @@ def _picture(run: Run, probes: dict[str, np.ndarray], shift: ProbeReport, learn:
     pictures.set_xticks([])
     one = figure.add_subplot(grid[1, 0])
     pairs = np.array([[shift.cosines["A2"][name], shift.cosines["B"][name]] for name in shift.concepts])
-    one.scatter(*pairs.T, s=14)
+    one.scatter(pairs[:, 0], pairs[:, 1], s=14)
     ends = [min(pairs.min(), 0), 1]
     one.plot(ends, ends, color="grey", linewidth=0.8)
     one.set(xlabel="cosine A-A2", ylabel="cosine A-B", title="each concept's vector")
     two = figure.add_subplot(grid[1, 1])
-    two.hist([list(learn.nap.values()), list(learn.nap_classes.values())], bins=np.linspace(0, 1, 21), density=True,
+    two.hist([list(learn.nap.values()), list(learn.nap_classes.values())], bins=np.linspace(0, 1, 21).tolist(), density=True,
              label=["concepts", "the model's classes"])  # fmt: skip
     two.legend(frameon=False, loc="upper left")
     two.set(xlabel="normalised average precision", yticks=[], title="how well each is known")

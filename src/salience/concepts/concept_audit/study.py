@@ -131,7 +131,7 @@ class UserStudyKit:
         key["study"] = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         self.key_ = key
         return _page(title, key["study"], self.arm, titles, classes, options,
-                     [_embedded(pictures[task["row"]]) for task in tasks])  # fmt: skip
+                     [_embedded(pictures[int(row)]) for row in rows])  # fmt: skip
 
     def _choose(self, predicted: np.ndarray, classes: np.ndarray, n: int) -> tuple[list[int], dict[int, list[int]]]:
         """Rows to ask about, a class after the other and then shuffled, and the examples of each class."""
