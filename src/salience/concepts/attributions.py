@@ -137,8 +137,7 @@ def mean_importance(importance: Float[np.ndarray, "n k"], target: Any, *, random
         raise InputError(f"importance: must be finite, of shape (n, k); got shape {values.shape}")
     seen = classes_of(target, len(values)).unique().tolist()
     if len(seen) > 1:
-        warnings.warn(f"target: images of {len(seen)} classes ({', '.join(map(str, seen[:5]))}{', …' * (len(seen) > 5)}) "
-                      "are averaged; take one class at a time", stacklevel=2)  # fmt: skip
+        warnings.warn(f"target: images of {len(seen)} classes are averaged; take one class at a time", stacklevel=2)
     return [bootstrap_interval(column, random_state=random_state) for column in values.T]
 
 

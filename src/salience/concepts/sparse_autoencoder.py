@@ -27,8 +27,8 @@ class SAEConcepts(BaseEstimator):
         k; there may be more than columns.
     n_active : int, optional
         K, the codes of a row that may be above 0; at most k. By default a quarter of k, rounded up.
-    epochs, batch_size, learning_rate
-        Of the training.
+    steps, batch_size, learning_rate
+        Of the training: at least so many steps, in whole passes over the rows.
     random_state : int
 
     Attributes
@@ -54,12 +54,12 @@ class SAEConcepts(BaseEstimator):
         *,
         n_concepts: int = 20,
         n_active: int | None = None,
-        epochs: int = 100,
+        steps: int = 2000,
         batch_size: int = 256,
         learning_rate: float = 3e-3,
         random_state: int = 0,
     ) -> None:
-        self.n_concepts, self.n_active, self.epochs = n_concepts, n_active, epochs
+        self.n_concepts, self.n_active, self.steps = n_concepts, n_active, steps
         self.batch_size, self.learning_rate, self.random_state = batch_size, learning_rate, random_state
 
     def fit(self, activations: Activations) -> SAEConcepts:
@@ -68,13 +68,17 @@ class SAEConcepts(BaseEstimator):
         active = -(-self.n_concepts // 4) if self.n_active is None else self.n_active
         if not 1 <= active <= self.n_concepts:
             raise InputError(f"n_active: got {active}; it must be in 1..{self.n_concepts}, the concepts")
+        size = min(self.batch_size, len(a))
+        if size < 1 or self.steps < 1 or not self.learning_rate > 0:
+            raise InputError(f"steps, batch_size and learning_rate: got {self.steps}, {self.batch_size} and "
+                             f"{self.learning_rate}; they must be at least 1, at least 1 and above 0")  # fmt: skip
         mean = a.double().mean(0).to(a)
         scale = float((a - mean).double().square().sum(1).mean().sqrt()) or 1.0
         generator = torch.Generator().manual_seed(self.random_state)
         x = (a - mean) / scale
         network = _Autoencoder(x[torch.randperm(len(x), generator=generator)[: self.n_concepts]], active)
         fit(
-            network, x, x, loss=nn.functional.mse_loss, epochs=self.epochs, batch_size=min(self.batch_size, len(x)),
+            network, x, x, loss=nn.functional.mse_loss, epochs=-(-self.steps // (len(x) // size)), batch_size=size,
             optimizer=torch.optim.Adam(network.parameters(), lr=self.learning_rate), generator=generator,
             on_step=lambda step: network.normalize(),
         )  # fmt: skip

@@ -164,6 +164,8 @@ def _edges(centers: np.ndarray) -> list[tuple[int, int, float]]:
 
 
 def _plane(directions: np.ndarray) -> Float[np.ndarray, "n 2"]:
+    if len(directions) < 2 or not np.ptp(directions, axis=0).any():
+        return np.zeros((len(directions), 2))
     parts = PCA(min(2, *directions.shape)).fit_transform(directions)
     return np.pad(parts, ((0, 0), (0, 2 - parts.shape[1])))
 
@@ -187,8 +189,9 @@ def draw_graph(ax: Axes, graph: StrategyGraph, names: list[str] | None = None) -
         ax.scatter(*node.place, s=120 + 1400 * node.share, color=f"C{i}", edgecolors="white", zorder=3)
         called = [names[c] if names else str(c) for c in node.concepts] or ["nothing for it"]
         right = "" if math.isnan(node.accuracy) else f", {node.accuracy:.0%} right"
+        box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
         ax.annotate(f"{' + '.join(called)}\n{node.share:.0%}{right}", node.place, ha="center", va="center", fontsize=8,
-                    zorder=4, bbox={"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0})  # fmt: skip
+                    zorder=4, bbox=box)  # fmt: skip
     ax.set_xticks([])
     ax.set_yticks([])
     ax.margins(0.12)
