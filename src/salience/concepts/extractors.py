@@ -172,22 +172,20 @@ class PCAConcepts(BaseEstimator):
     ----------
     n_concepts : int
         k.
-    random_state : int
-        Used by scikit-learn for large matrices only.
-
     Attributes
     ----------
     components_ : Tensor (k, p)
     mean_ : Tensor (p,)
     """
 
-    def __init__(self, *, n_concepts: int = 20, random_state: int = 0) -> None:
-        self.n_concepts, self.random_state = n_concepts, random_state
+    def __init__(self, *, n_concepts: int = 20) -> None:
+        self.n_concepts = n_concepts
 
     def fit(self, activations: Activations) -> PCAConcepts:
         """Find the directions; errors as in `KMeansConcepts.fit`."""
         a = fitting_matrix(activations, self.n_concepts)
-        found = PCA(self.n_concepts, random_state=self.random_state).fit(a)
+        # Not "auto", which draws for large matrices.
+        found = PCA(self.n_concepts, svd_solver="covariance_eigh" if len(a) > a.shape[1] else "full").fit(a)
         kind = torch.from_numpy(a).dtype
         self.components_ = torch.from_numpy(found.components_.copy()).to(kind)
         self.mean_ = torch.from_numpy(found.mean_).to(kind)

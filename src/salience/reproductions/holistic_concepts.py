@@ -222,7 +222,9 @@ def extractors(seed: int) -> dict[str, PCAConcepts | NMFConcepts]:
         "semi-NMF": SemiNMFConcepts, "autoencoder": SAEConcepts, "random": RandomConcepts,
         "rows of the activations": RowConcepts,
     }  # fmt: skip
-    return {name: kind(n_concepts=CONCEPTS, random_state=seed) for name, kind in kinds.items()}
+    drawn = {name for name, kind in kinds.items() if not issubclass(kind, PCAConcepts)}
+    return {name: kind(n_concepts=CONCEPTS, **({"random_state": seed} if name in drawn else {}))
+            for name, kind in kinds.items()}  # fmt: skip
 
 
 def distances(reports: dict[str, ExtractionReport], known: Tensor, unseen: Tensor, run: Run) -> dict[str, float]:

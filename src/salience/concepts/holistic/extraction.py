@@ -82,7 +82,7 @@ def extraction_report(
     test : Tensor (m, ..., p)
         Held out; the codes come from `encode`.
     extractor : ConceptExtractor
-        Fitted, and a scikit-learn estimator with a `random_state`: copies of it are fitted anew, each with its own.
+        Fitted, and a scikit-learn estimator: copies of it are fitted anew, each with a `random_state` of its own.
     folds : int
         Parts of `train`, at least 2, a dictionary each.
     neighbors : int
@@ -108,6 +108,7 @@ def extraction_report(
             kept = head(written.view(test.shape)).argmax(1) == head(test).argmax(1)
             agreement = float(kept.double().mean())
     stability, dropped = _stability(bank, extractor, folds, random_state)
+    bank, real, written, codes = bank.cpu(), real.cpu(), written.cpu(), codes.cpu()
     return ExtractionReport(
         relative_l2=float((real - written).double().norm() / real.double().norm().clamp(min=1e-300)),
         sparsity=float((codes.abs() <= ZERO).double().mean()),
@@ -124,8 +125,9 @@ def _stability(
     found = []
     for number, (_, rows) in enumerate(parts):
         own = clone(extractor)  # type: ignore[type-var]
-        own.set_params(random_state=own.random_state + number)  # or what is drawn would look steady
-        found.append(own.fit(bank[torch.from_numpy(rows)]).components_)
+        if "random_state" in own.get_params():  # each fold draws anew, or what is drawn would look steady
+            own.set_params(random_state=own.random_state + number)
+        found.append(own.fit(bank[torch.from_numpy(rows).to(bank.device)]).components_)
     dropped = sum(int((v.norm(dim=1) == 0).sum()) for v in found)
     return float(np.mean([dictionary_distance(v, w) for v, w in itertools.combinations(found, 2)])), dropped
 
