@@ -26,7 +26,7 @@ def run(asked: Request) -> None:
     from salience.concepts.holistic.explain import explain_strategies
     from salience.io import Output
 
-    given = {"extractor": "nmf", "importance": "gradient_input", "clusters": 5, **asked.given}
+    given = {"extractor": "nmf", "importance": "gradient_input", "clusters": None, **asked.given}
     _check(given)
     if asked.dry_run:
         _print_plan(asked, given)
@@ -41,7 +41,8 @@ def run(asked: Request) -> None:
         _write_tensors(folder, found)
         _write_lines(folder, found, asked.images, asked.names)
         write_crops(folder, found, asked.images)
-        settings = {**asked.settings, "method": "holistic-concepts", "layer": found.concepts.layer, **given}
+        settings = {**asked.settings, "method": "holistic-concepts", "layer": found.concepts.layer, **given,
+                    "clusters": len(found.graph.nodes)}  # fmt: skip
         page = asked.report or f"{asked.out}/report.html"
         write_page(found, asked.images, asked.names, settings, asked.report or folder.file("report.html"))
         folder.commit({**settings, "counts": {"images": len(asked.images), "classes": len(asked.classes)}})
@@ -55,7 +56,7 @@ def _check(given: dict[str, Any]) -> None:
     for name, known in (("extractor", EXTRACTORS), ("importance", METHODS)):
         if given[name] not in known:
             raise InputError(f"--{name}: there is no {given[name]!r}; {nearest(given[name], known)}")
-    if given["clusters"] < 1:
+    if given["clusters"] is not None and given["clusters"] < 1:
         raise InputError(f"--clusters: got {given['clusters']}; it must be at least 1")
 
 

@@ -85,8 +85,7 @@ def _graph_blocks(report: Any, found: HolisticConcepts, images: ImageSet, called
         report.figure(
             lambda ax: draw_graph(ax, graph, [f"c{i}" for i in range(found.local.shape[1])]),
             "Images that are decided by the same concepts. A dot is an image, placed by how much each concept adds to "
-            "the class that it is predicted as; a disc is a strategy with its dominant concepts, its share of the images "
-            "and how often it is right; a line joins a strategy to the one most like it.",
+            "the class that it is predicted as; a disc is a strategy; a line joins it to the one most like it.",
             height=4.2,
         ),
         report.table(columns, rows, "The strategies, the largest first.", align=align),

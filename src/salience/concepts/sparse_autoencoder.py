@@ -54,9 +54,9 @@ class SAEConcepts(BaseEstimator):
         *,
         n_concepts: int = 20,
         n_active: int | None = None,
-        steps: int = 2000,
+        steps: int = 1000,
         batch_size: int = 256,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 5e-3,
         random_state: int = 0,
     ) -> None:
         self.n_concepts, self.n_active, self.steps = n_concepts, n_active, steps

@@ -22,7 +22,7 @@ from salience.concepts.craft.explain import FEWEST, HELD_OUT, SHOWN, ConceptProo
 from salience.concepts.extractors import KMeansConcepts, NMFConcepts, PCAConcepts, RandomConcepts
 from salience.concepts.holistic.extraction import ExtractionReport, extraction_report
 from salience.concepts.holistic.faithfulness import importance_report
-from salience.concepts.holistic.strategies import StrategyGraph, strategy_graph
+from salience.concepts.holistic.strategies import StrategyGraph, count_different, strategy_graph
 from salience.concepts.importance import gradient_input, tcav
 from salience.concepts.seminmf import SemiNMFConcepts
 from salience.concepts.sparse_autoencoder import SAEConcepts
@@ -38,7 +38,7 @@ EXTRACTORS: dict[str, Any] = {
 }  # fmt: skip
 COMPARED = ("gradient_input", "saliency", "sobol")  # importances beside the chosen one
 ROWS, FEW_ROWS = 20_000, 4_000  # positions that concepts are found in, and on which extractors are compared
-GRAPH_IMAGES = 300  # of a class
+CLUSTERS, GRAPH_IMAGES = 5, 300  # strategies; images of a class
 
 
 @dataclass
@@ -125,7 +125,7 @@ def explain_strategies(
     method: str = "gradient_input",
     layer: str | None = None,
     n_concepts: int = 10,
-    n_clusters: int = 5,
+    n_clusters: int | None = None,
     measure: int = 100,
     batch_size: int = 64,
     random_state: int = 0,
@@ -145,7 +145,7 @@ def explain_strategies(
     layer : str, optional
         By default the last with positions that is never negative, and without one the last with positions.
     n_concepts, n_clusters : int
-        Of the dictionary, and strategies of the graph.
+        Of the dictionary, and strategies of the graph: 5, or as many as images differ, by default.
     measure : int
         Images of a class at most to estimate importance on, and to measure on.
     batch_size, random_state : int
@@ -199,6 +199,11 @@ def explain_strategies(
     rows = np.concatenate([each[spread(len(each), GRAPH_IMAGES)] for each in own.values()])
     local = _local(weigh, images, rows, predicted[rows], tell)
     labels = None if images.labels is None else images.labels.numpy()[rows]
+    if n_clusters is None:
+        n_clusters = min(CLUSTERS, count_different(local))
+        if n_clusters == 1:
+            notes.append(f"{method} is the same for all images, so there is one strategy; choose an importance that "
+                         "reads the codes, such as gradient_input")  # fmt: skip
     graph = strategy_graph(local, None if labels is None else labels == predicted[rows], n_clusters=n_clusters,
                            random_state=random_state)  # fmt: skip
     return HolisticConcepts(concepts, extractor, method, _side(images), found, extraction, graph, rows, local,

@@ -114,8 +114,7 @@ def strategy_graph(
     phi = finite("importance", importance, 2)
     n, k = phi.shape
     right = None if correct is None else truths("correct", correct, (n,))
-    directions = phi / np.maximum(np.linalg.norm(phi, axis=1, keepdims=True), 1e-300)
-    different = len(np.unique(directions.round(9), axis=0))
+    directions, different = _unit(phi), count_different(phi)
     if n_clusters is None:
         n_clusters = _best_number(directions, different, random_state)
     if isinstance(n_clusters, bool) or not 1 <= n_clusters <= different:
@@ -134,6 +133,15 @@ def strategy_graph(
             reliability[i] = right[first == i].mean()
     return StrategyGraph(nodes, _edges(centers), labels, centers, np.bincount(first, minlength=k) / n, reliability,
                          layout)  # fmt: skip
+
+
+def count_different(importance: Float[np.ndarray, "n k"]) -> int:
+    """How many images differ in the direction of their importances, rounding in single precision aside."""
+    return len(np.unique(_unit(importance).round(5), axis=0))
+
+
+def _unit(phi: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    return phi / np.maximum(np.linalg.norm(phi, axis=1, keepdims=True), 1e-300)
 
 
 def _clusters(directions: np.ndarray, count: int, random_state: int) -> Int[np.ndarray, " n"]:
@@ -171,7 +179,7 @@ def _plane(directions: np.ndarray) -> Float[np.ndarray, "n 2"]:
 
 
 def draw_graph(ax: Axes, graph: StrategyGraph, names: list[str] | None = None) -> None:
-    """Draw images as points, strategies as discs with their dominant concepts, and which are alike.
+    """Draw images as points, strategies as numbered discs, and which are alike; below, their dominant concepts.
 
     Parameters
     ----------
@@ -181,17 +189,16 @@ def draw_graph(ax: Axes, graph: StrategyGraph, names: list[str] | None = None) -
         Of the concepts.
     """
     for i, node in enumerate(graph.nodes):
-        points = graph.layout[node.images]
-        ax.scatter(*points.T, s=10, alpha=0.45, color=f"C{i}", linewidths=0)
+        ax.scatter(*graph.layout[node.images].T, s=10, alpha=0.45, color=f"C{i}", linewidths=0)
     for i, j, _ in graph.edges:
         ax.plot(*np.stack([graph.nodes[i].place, graph.nodes[j].place]).T, color="0.5", linewidth=1.2, zorder=2)
     for i, node in enumerate(graph.nodes):
-        ax.scatter(*node.place, s=120 + 1400 * node.share, color=f"C{i}", edgecolors="white", zorder=3)
-        called = [names[c] if names else str(c) for c in node.concepts] or ["nothing for it"]
+        called = " + ".join(names[c] if names else str(c) for c in node.concepts) or "nothing for it"
         right = "" if math.isnan(node.accuracy) else f", {node.accuracy:.0%} right"
-        box = {"boxstyle": "round", "facecolor": "white", "alpha": 0.8, "linewidth": 0}
-        ax.annotate(f"{' + '.join(called)}\n{node.share:.0%}{right}", node.place, ha="center", va="center", fontsize=8,
-                    zorder=4, bbox=box)  # fmt: skip
+        ax.scatter(*node.place, s=160, color=f"C{i}", edgecolors="white", zorder=3,
+                   label=f"{i + 1}: {called}, {node.share:.0%} of the images{right}")  # fmt: skip
+        ax.annotate(str(i + 1), node.place, ha="center", va="center", fontsize=8, color="white", zorder=4)
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.margins(0.12)
+    ax.margins(0.08)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.02), frameon=False, fontsize=8, markerscale=0.6)
