@@ -39,6 +39,7 @@ from salience.concepts import (
 from salience.concepts.attributions import METHODS
 from salience.concepts.concept_curves import follow_orders
 from salience.errors import DataError, InputError
+from tiny import build
 
 EXTRACTORS = (KMeansConcepts, PCAConcepts, NMFConcepts, SemiNMFConcepts, SAEConcepts, RandomConcepts)
 EXACT = ("gradient_input", "integrated_gradients", "occlusion")
@@ -343,6 +344,39 @@ def test_the_mean_of_pca_is_what_codes_are_attributed_from():
     phi = concept_importance(concepts, codes, PICTURES, 1, method="integrated_gradients")
     gained = [logit(concepts, codes[i], i) - logit(concepts, 0 * codes[i], i) for i in range(6)]
     np.testing.assert_allclose(phi.sum(1), gained, atol=1e-4)
+
+
+def test_tokens_of_a_transformer_have_codes_and_maps():
+    from salience.concepts.holistic.explain import _tops, layer_of
+
+    model, pictures = build("vit"), torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="ReLU"):
+        layer_of(model, pictures, "nmf")
+    concepts = ConceptModel(model, layer_of(model, pictures, "semi-nmf"), SemiNMFConcepts(n_concepts=3))
+    with torch.no_grad():
+        a = concepts.activations(pictures)
+        concepts.extractor.fit(a.flatten(0, -2))
+        codes = concepts.encode(pictures)
+        torch.testing.assert_close(concepts.behind(a, pictures), model(pictures).logits)
+    assert codes.shape == (*a.shape[:2], 3)
+    for method in ("gradient_input", "occlusion", "kernelshap"):
+        assert np.isfinite(concept_importance(concepts, codes, pictures, 1, method=method)).all()
+    crops, maps = _tops(codes, pictures, np.arange(10, 14), 5)
+    for i in range(3):
+        assert maps[i].shape[1:] == (16, 16) and set(crops[i][:, 0]) <= {10, 11, 12, 13}
+        assert crops[i][:, 1:].min() >= 0 and crops[i][:, 1:].max() <= 11
+
+
+def test_crops_are_where_most_of_a_concept_is():
+    from salience.concepts.holistic.explain import _tops
+
+    codes = torch.zeros(3, 8, 8, 2)
+    codes[0, 6, 1, 0], codes[2, 1:3, 4:6, 0] = 1, 1
+    crops, maps = _tops(codes, torch.zeros(3, 1, 16, 16), np.array([7, 8, 9]), 4)
+    assert crops[0][:, 0].tolist() == [9, 7] and len(crops[1]) == 0  # image 8 holds none, and nobody holds the other
+    (_, top, left), (_, low, side) = crops[0]
+    assert abs(top - 2) <= 1 and abs(left - 8) <= 1 and abs(low - 11) <= 1 and abs(side - 1) <= 1
+    assert maps[0].shape == (2, 16, 16) and float(maps[0][1].argmax() // 16) in (12, 13)
 
 
 def test_what_importance_refuses_and_warns_of():

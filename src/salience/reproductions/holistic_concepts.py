@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from salience.reproductions.worlds import digits, nets, zoo
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from salience.concepts import ExtractionReport, ImportanceReport
+    from salience.concepts import ExtractionReport, ImportanceReport, StrategyGraph
 
 CLAIM = (
     "on a linear head gradient x input, integrated gradients and occlusion give the best concept order, ahead of "
@@ -77,13 +77,13 @@ def reproduce(run: Run) -> Outcome:
     run.step("extractors")
     reports = {
         name: extraction_report(known, unseen, extractor.fit(known), head=model.head, random_state=run.seed)
-        for name, extractor in extractors(run.seed).items()
+        for name, extractor in extractors(run).items()
     }
     written = distances(reports, known, unseen, run)
 
     run.step("importances")
     concepts = ConceptModel(model, LAYER, NMFConcepts(n_concepts=CONCEPTS).fit(known))
-    rows = slice(0, 30 if run.smoke else 120)
+    rows = slice(0, 10 if run.smoke else 120)
     measured, exactness = importances(concepts, test[rows], predicted[rows], run)
     best = above_best(
         ConceptModel(model, LAYER, NMFConcepts(n_concepts=FEW).fit(known)), test[:40], predicted[:40], run
@@ -215,16 +215,17 @@ class RowConcepts(RandomConcepts):
         return self
 
 
-def extractors(seed: int) -> dict[str, PCAConcepts | NMFConcepts]:
+def extractors(run: Run) -> dict[str, Any]:
     """All extractors, unfitted, and what stands beside them."""
     kinds = {
         "PCA": PCAConcepts, "PCA without its mean": UncentredPCA, "k-means": KMeansConcepts, "NMF": NMFConcepts,
         "semi-NMF": SemiNMFConcepts, "autoencoder": SAEConcepts, "random": RandomConcepts,
         "rows of the activations": RowConcepts,
     }  # fmt: skip
-    drawn = {name for name, kind in kinds.items() if not issubclass(kind, PCAConcepts)}
-    return {name: kind(n_concepts=CONCEPTS, **({"random_state": seed} if name in drawn else {}))
-            for name, kind in kinds.items()}  # fmt: skip
+    more = {name: {} if issubclass(kind, PCAConcepts) else {"random_state": run.seed} for name, kind in kinds.items()}
+    if run.smoke:
+        more["autoencoder"]["steps"] = 30
+    return {name: kind(n_concepts=CONCEPTS, **more[name]) for name, kind in kinds.items()}
 
 
 def distances(reports: dict[str, ExtractionReport], known: Tensor, unseen: Tensor, run: Run) -> dict[str, float]:
@@ -291,7 +292,7 @@ class Planted(NamedTuple):
 
     index: dict[str, float]
     found: dict[str, int]
-    graph: object
+    graph: StrategyGraph
 
 
 def shapes(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:

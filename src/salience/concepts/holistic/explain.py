@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from salience.concepts.attributions import METHODS, concept_importance, mean_importance
-from salience.concepts.concept_model import Codes, ConceptModel
+from salience.concepts.concept_model import Codes, ConceptModel, logits_of_codes
 from salience.concepts.craft.crops import stacked
 from salience.concepts.craft.estimator import nonnegative_layers, predicted_classes
 from salience.concepts.craft.explain import FEWEST, HELD_OUT, SHOWN, ConceptProof, prove, spread
@@ -306,8 +306,7 @@ def _view(weigh: _Weigher, images: ImageSet, class_id: int, own: np.ndarray, lea
     proof = prove(concepts, held_codes, held, class_id, ranks, weigh.random_state)
     local = {name: weigh.phi(held_codes, held, class_id, name) for name in dict.fromkeys((weigh.method, *COMPARED))}
     local["random"] = np.random.default_rng(weigh.random_state).random((len(held), codes.shape[-1]))
-    agreement = [int(concepts(held_codes[i : i + 1].to(device_of(concepts.model)),
-                              held[i : i + 1].to(device_of(concepts.model))).argmax(1)) == class_id
+    agreement = [int(logits_of_codes(concepts, held_codes[i : i + 1], held[i : i + 1], 1).argmax(1)) == class_id
                  for i in range(len(held))]  # fmt: skip
     crops, maps = _tops(codes, pictures, rows, _side(images))
     return ClassView(

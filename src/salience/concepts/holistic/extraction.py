@@ -124,7 +124,7 @@ def _stability(
     parts = KFold(folds, shuffle=True, random_state=random_state).split(np.zeros(len(bank)))
     found = []
     for number, (_, rows) in enumerate(parts):
-        own = clone(extractor)  # type: ignore[type-var]
+        own = clone(extractor)
         if "random_state" in own.get_params():  # each fold draws anew, or what is drawn would look steady
             own.set_params(random_state=own.random_state + number)
         found.append(own.fit(bank[torch.from_numpy(rows).to(bank.device)]).components_)
