@@ -170,14 +170,7 @@ def explain_strategies(
     tell("predictions", 0, 1)
     predicted = predicted_classes(model, images, batch_size)[0].numpy()
     tell("predictions", 1, 1)
-    own = {each: np.flatnonzero(predicted == each) for each in classes}
-    for each, rows in own.items():
-        if len(rows) < FEWEST:
-            raise NothingToDo(f"class {each}: the model predicts it for {len(rows)} of {len(images)} images; "
-                              f"{FEWEST} at least are needed")  # fmt: skip
-    held = {each: rows[spread(len(rows), max(2, round(HELD_OUT * len(rows))))] for each, rows in own.items()}
-    learned = {each: np.setdiff1d(rows, held[each]) for each, rows in own.items()}
-    held = {each: rows[spread(len(rows), measure)] for each, rows in held.items()}
+    own, learned, held = _parted(predicted, classes, measure)
 
     notes: list[str] = []
     layer = layer or layer_of(model, stacked(images, learned[classes[0]][:2]), extractor)
@@ -199,15 +192,29 @@ def explain_strategies(
     rows = np.concatenate([each[spread(len(each), GRAPH_IMAGES)] for each in own.values()])
     local = _local(weigh, images, rows, predicted[rows], tell)
     labels = None if images.labels is None else images.labels.numpy()[rows]
-    if n_clusters is None:
-        n_clusters = min(CLUSTERS, count_different(local))
-        if n_clusters == 1:
-            notes.append(f"{method} is the same for all images, so there is one strategy; choose an importance that "
-                         "reads the codes, such as gradient_input")  # fmt: skip
-    graph = strategy_graph(local, None if labels is None else labels == predicted[rows], n_clusters=n_clusters,
-                           random_state=random_state)  # fmt: skip
+    if n_clusters is None and count_different(local) == 1:
+        notes.append(f"{method} is the same for all images, so there is one strategy; choose an importance that reads "
+                     "the codes, such as gradient_input")  # fmt: skip
+    graph = strategy_graph(
+        local, None if labels is None else labels == predicted[rows], random_state=random_state,
+        n_clusters=min(CLUSTERS, count_different(local)) if n_clusters is None else n_clusters,
+    )  # fmt: skip
     return HolisticConcepts(concepts, extractor, method, _side(images), found, extraction, graph, rows, local,
                             predicted[rows], labels, list(dict.fromkeys(notes)))  # fmt: skip
+
+
+def _parted(
+    predicted: Int[np.ndarray, " n"], classes: Sequence[int], measure: int
+) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, np.ndarray]]:
+    """By class, the images that are predicted as it; those to learn from; the held-out ones, `measure` at most."""
+    own = {each: np.flatnonzero(predicted == each) for each in classes}
+    for each, rows in own.items():
+        if len(rows) < FEWEST:
+            raise NothingToDo(f"class {each}: the model predicts it for {len(rows)} of {len(predicted)} images; "
+                              f"{FEWEST} at least are needed")  # fmt: skip
+    held = {each: rows[spread(len(rows), max(2, round(HELD_OUT * len(rows))))] for each, rows in own.items()}
+    learned = {each: np.setdiff1d(rows, held[each]) for each, rows in own.items()}
+    return own, learned, {each: rows[spread(len(rows), measure)] for each, rows in held.items()}
 
 
 def make(extractor: str, n_concepts: int, random_state: int) -> Any:
