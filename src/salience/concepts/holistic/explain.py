@@ -177,8 +177,8 @@ def explain_strategies(
     concepts = ConceptModel(model, layer, make(extractor, n_concepts, random_state))
     known = _positions(concepts, images, np.concatenate(list(learned.values())), batch_size, random_state)
     concepts.extractor.fit(known)
-    extraction = _compare(concepts, extractor, n_concepts, known, stacked(images, np.concatenate(list(held.values()))),
-                          random_state, tell, notes)  # fmt: skip
+    extraction = _compare(concepts, extractor, n_concepts, known, images, np.concatenate(list(held.values())),
+                          batch_size, random_state, tell, notes)  # fmt: skip
     weigh = _Weigher(concepts, method, batch_size, random_state)
     found = []
     for number, each in enumerate(classes):
@@ -253,21 +253,30 @@ def _positions(
 
 
 def _compare(
-    concepts: ConceptModel, chosen: str, n_concepts: int, known: Tensor, pictures: Tensor, random_state: int,
-    tell: Callable, notes: list[str],
+    concepts: ConceptModel, chosen: str, n_concepts: int, known: Tensor, images: ImageSet, rows: np.ndarray,
+    batch_size: int, random_state: int, tell: Callable, notes: list[str],
 ) -> dict[str, ExtractionReport | None]:  # fmt: skip
-    """Every extractor on the same activations of held-out images."""
-    pictures = pictures.to(device_of(concepts.model))
+    """Every extractor on the same activations, of as many held-out images as have `ROWS` positions, 10 at least."""
+    device = device_of(concepts.model)
     with torch.no_grad():
-        unseen = concepts.activations(pictures)
+        positions = concepts.activations(stacked(images, rows[:1]).to(device))[0, ..., 0].numel()
+        pictures = stacked(images, rows[spread(len(rows), max(10, ROWS // positions))])
+        unseen = map_batches(lambda x: concepts.activations(x.to(device)), pictures, batch_size=batch_size)
+
+    def head(a: Tensor) -> Tensor:
+        def some(part: range) -> Tensor:
+            where = slice(part.start, part.stop)
+            return concepts.behind(a[where].to(device), pictures[where].to(device))
+
+        return map_batches(some, range(len(a)), batch_size=batch_size)
+
     few = known[torch.from_numpy(spread(len(known), FEW_ROWS))]
     found: dict[str, ExtractionReport | None] = {}
     for number, name in enumerate(EXTRACTORS):
         tell("extractors", number, len(EXTRACTORS))
         try:
             own = make(name, n_concepts, random_state).fit(few)
-            found[name] = extraction_report(few, unseen, own, random_state=random_state,
-                                            head=lambda a: concepts.behind(a, pictures))  # fmt: skip
+            found[name] = extraction_report(few, unseen, own, random_state=random_state, head=head)
         except (InputError, DataError) as error:
             if name == chosen:
                 raise
