@@ -365,8 +365,9 @@ def _picture(run: Run, probes: dict[str, np.ndarray], shift: ProbeReport, learn:
     one.plot(ends, ends, color="grey", linewidth=0.8)
     one.set(xlabel="cosine A-A2", ylabel="cosine A-B", title="each concept's vector")
     two = figure.add_subplot(grid[1, 1])
-    two.hist([list(learn.nap.values()), list(learn.nap_classes.values())], bins=np.linspace(0, 1, 21).tolist(), density=True,
-             label=["concepts", "the model's classes"])  # fmt: skip
+    known = {"concepts": learn.nap, "the model's classes": learn.nap_classes}
+    two.hist([list(each.values()) for each in known.values()], bins=np.linspace(0, 1, 21).tolist(), density=True,
+             label=list(known))  # fmt: skip
     two.legend(frameon=False, loc="upper left")
     two.set(xlabel="normalised average precision", yticks=[], title="how well each is known")
     three = figure.add_subplot(grid[1, 2])
