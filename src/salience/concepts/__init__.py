@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
+    from salience.concepts.attributions import concept_importance, mean_importance
     from salience.concepts.concept_audit.explaining import (
         Capacity,
         LinearExplanation,
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from salience.concepts.concept_audit.shift import ConceptData, ProbeReport, probe_shift
     from salience.concepts.concept_audit.study import UserStudyKit
     from salience.concepts.concept_audit.verdict import AuditReport, ProbeSet, audit
-=======
-    from salience.concepts.attributions import concept_importance, mean_importance
->>>>>>> holistic
     from salience.concepts.concept_curves import concept_deletion, concept_insertion
     from salience.concepts.concept_model import ConceptModel, ConceptScores
     from salience.concepts.craft.crops import Crops, make_crops
@@ -57,7 +54,6 @@ if TYPE_CHECKING:
     from salience.concepts.sparse_autoencoder import SAEConcepts
 
 _WHERE: dict[str, str] = {
-<<<<<<< HEAD
     **dict.fromkeys(("LearnReport", "learnability"), "concept_audit.learning"),
     **dict.fromkeys(("Capacity", "LinearExplanation", "baseline_explanation", "capacity_path"),
                     "concept_audit.explaining"),
@@ -68,9 +64,7 @@ _WHERE: dict[str, str] = {
     **dict.fromkeys(("ConceptData", "ProbeReport", "probe_shift"), "concept_audit.shift"),
     "UserStudyKit": "concept_audit.study",
     **dict.fromkeys(("AuditReport", "ProbeSet", "audit"), "concept_audit.verdict"),
-=======
     "concept_importance": "attributions", "mean_importance": "attributions",
->>>>>>> holistic
     "concept_deletion": "concept_curves", "concept_insertion": "concept_curves",
     "ConceptModel": "concept_model", "ConceptScores": "concept_model",
     "Crops": "craft.crops", "make_crops": "craft.crops",
@@ -98,72 +92,57 @@ __all__ = [
     "ConceptScores",
     "Craft",
     "Crops",
-<<<<<<< HEAD
     "Decomposition",
-    "Factorization",
-    "LearnReport",
-    "LinearExplanation",
-    "NMFConcepts",
-    "ProbeReport",
-    "ProbeSet",
-    "UserStudyKit",
-    "audit",
-    "baseline_explanation",
-    "basis_decomposition",
-    "capacity_path",
-=======
     "ExtractionReport",
     "Factorization",
     "ImportanceReport",
     "KMeansConcepts",
+    "LearnReport",
+    "LinearExplanation",
     "NMFConcepts",
     "PCAConcepts",
+    "ProbeReport",
+    "ProbeSet",
     "RandomConcepts",
     "SAEConcepts",
     "SemiNMFConcepts",
     "Strategy",
     "StrategyGraph",
->>>>>>> holistic
+    "UserStudyKit",
+    "audit",
+    "baseline_explanation",
+    "basis_decomposition",
+    "capacity_path",
     "concept_deletion",
     "concept_importance",
     "concept_insertion",
-<<<<<<< HEAD
-    "directional_derivatives",
-    "fit_cav",
-    "fit_cavs",
-    "gradient_input",
-    "learnability",
-=======
     "dictionary_distance",
+    "directional_derivatives",
     "draw_graph",
     "extraction_report",
+    "fit_cav",
+    "fit_cavs",
     "frechet",
     "gradient_input",
     "importance_report",
->>>>>>> holistic
+    "learnability",
     "make_crops",
     "mean_importance",
     "nmf",
     "nnls",
     "nonnegative_layers",
-<<<<<<< HEAD
     "normalized_ap",
+    "out_of_distribution",
     "predicted_concepts",
     "probe_shift",
     "read_probe",
-=======
-    "out_of_distribution",
->>>>>>> holistic
     "sobol_design",
     "sobol_importance",
     "sobol_total",
     "strategy_graph",
     "tcav",
     "total_indices",
-<<<<<<< HEAD
     "unit_concept_iou",
-=======
     "wasserstein",
->>>>>>> holistic
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -365,8 +365,8 @@ def _picture(run: Run, probes: dict[str, np.ndarray], shift: ProbeReport, learn:
     one.plot(ends, ends, color="grey", linewidth=0.8)
     one.set(xlabel="cosine A-A2", ylabel="cosine A-B", title="each concept's vector")
     two = figure.add_subplot(grid[1, 1])
-    known = {"concepts": learn.nap, "the model's classes": learn.nap_classes}
-    two.hist([list(each.values()) for each in known.values()], bins=np.linspace(0, 1, 21).tolist(), density=True,
+    known = {"concepts": list(learn.nap.values()), "the model's classes": list(learn.nap_classes.values())}
+    two.hist(list(known.values()), bins=np.linspace(0, 1, 21).tolist(), density=True,
              label=list(known))  # fmt: skip
     two.legend(frameon=False, loc="upper left")
     two.set(xlabel="normalised average precision", yticks=[], title="how well each is known")

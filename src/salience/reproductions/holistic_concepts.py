@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from salience.concepts import (
 )
 from salience.concepts.attributions import summed
 from salience.concepts.concept_curves import follow_orders
+from salience.concepts.extractors import Activations
 from salience.errors import InputError
 from salience.evidence import Bar, Control, Outcome, Run
 from salience.model.fitting import fit
@@ -66,7 +67,7 @@ def reproduce(run: Run) -> Outcome:
 
     # Data and model: digits, a network whose head is linear.
     run.step("training the network")
-    model = zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed)
+    model = cast(nn.Sequential, zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed))
     world = digits.split(run.seed)
     learn, test = torch.from_numpy(world.train_x), torch.from_numpy(world.test_x)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def reproduce(run: Run) -> Outcome:
     # Method and measure: extractors on held-out activations.
     run.step("extractors")
     reports = {
-        name: extraction_report(known, unseen, extractor.fit(known), head=model.head, random_state=run.seed)
+        name: extraction_report(known, unseen, extractor.fit(known), head=model[-1], random_state=run.seed)
         for name, extractor in extractors(run).items()
     }
     written = distances(reports, known, unseen, run)
@@ -113,7 +114,7 @@ def outcome(
         "least muFidelity of the three": min(fidelity[name] for name in EXACT),
         "most above the best of all orders": best["gradient_input"],
         "zeros of k-means off (k - 1) / k": abs(reports["k-means"].sparsity - zeros),
-        "adjusted Rand index": planted.index["local importances"],
+        "adjusted Rand index": planted.agreement["local importances"],
         "strategies found": planted.found["local importances"],
         **written,
         **{f"{measure.replace('_', ' ')}, {name}": getattr(report, measure) for name, report in reports.items()
@@ -151,7 +152,7 @@ def outcome(
             Control("k-means with codes by distance", "fake",
                     {"zeros of k-means off (k - 1) / k": written.pop("zeros of soft codes")}),
             *(Control(f"strategies by {name}", kind, {  # type: ignore[arg-type]
-                "adjusted Rand index": planted.index[name], "strategies found": planted.found[name],
+                "adjusted Rand index": planted.agreement[name], "strategies found": planted.found[name],
             }) for name, kind in (("random importances", "random"), ("codes", "fake"), ("activations", "fake"))),
         ],
         pictures={"Strategies of a class that is shown by a plus or by a cross": _strategies(planted),
@@ -208,10 +209,10 @@ class UncentredPCA(PCAConcepts):
 class RowConcepts(RandomConcepts):
     """Rows of the activations as a dictionary, read like NMF's."""
 
-    def fit(self, activations: Tensor) -> RowConcepts:
+    def fit(self, activations: Activations) -> RowConcepts:
         """Draw the rows."""
         rows = np.random.default_rng(self.random_state).choice(len(activations), self.n_concepts, replace=False)
-        self.components_ = activations[torch.from_numpy(rows)].clone()
+        self.components_ = torch.as_tensor(activations)[torch.from_numpy(rows)].clone()
         return self
 
 
@@ -290,7 +291,7 @@ def above_best(concepts: ConceptModel, images: Tensor, classes: Tensor, run: Run
 class Planted(NamedTuple):
     """How well clusters of several things tell the strategies, how many there are, and the graph."""
 
-    index: dict[str, float]
+    agreement: dict[str, float]
     found: dict[str, int]
     graph: StrategyGraph
 
@@ -332,17 +333,18 @@ def train_shapes(model: nn.Module, seed: int) -> None:
     The first label is so reached through either of two groups of features. A network that is taught the labels alone
     may well merge the two, and then there is one strategy.
     """
+    *body, head = cast(nn.Sequential, model)
     images, labels, which = shapes(2000, np.random.default_rng([seed, 1]))
     four = torch.from_numpy(np.column_stack([which == 0, which == 1, labels[:, 1:]])).float()
     with nets.seeded(seed):
-        features = nn.Sequential(*list(model)[:-1], nn.Linear(model.head.in_features, 4))
+        features = nn.Sequential(*body, nn.Linear(cast(nn.Linear, head).in_features, 4))
     generator = torch.Generator().manual_seed(seed)
     fit(features, images, four, loss=binary_cross_entropy_with_logits, epochs=EPOCHS_OF_SHAPES,
         optimizer=torch.optim.Adam(features.parameters(), lr=3e-3), generator=generator)  # fmt: skip
     with torch.no_grad():
         pooled = features[:-1](images)
-    fit(model.head, pooled, labels, loss=binary_cross_entropy_with_logits, epochs=EPOCHS_OF_HEAD,
-        optimizer=torch.optim.Adam(model.head.parameters(), lr=1e-2), generator=generator)  # fmt: skip
+    fit(head, pooled, labels, loss=binary_cross_entropy_with_logits, epochs=EPOCHS_OF_HEAD,
+        optimizer=torch.optim.Adam(head.parameters(), lr=1e-2), generator=generator)  # fmt: skip
 
 
 def find_strategies(run: Run) -> Planted:

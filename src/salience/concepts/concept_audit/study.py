@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import numpy as np
@@ -217,7 +217,8 @@ class UserStudyKit:
             raise DataError(f"{where}: are not of study {key['study']}")
         if person.get("preferred") is not None and person["preferred"] not in key["preferences"]:
             raise DataError(f"{where}: prefer {person['preferred']!r} concepts, which was no choice")
-        found, seen = [], set()
+        found: list[tuple[dict[str, Any], set[str], int, float]] = []
+        seen: set[int] = set()
         for answer in person.get("tasks") or ():
             if not isinstance(answer, Mapping):
                 raise DataError(f"{where}: hold {answer!r} in place of a task")
@@ -234,7 +235,7 @@ class UserStudyKit:
             if not isinstance(spent, int | float) or isinstance(spent, bool) or not 0 <= spent < 1e7:
                 raise DataError(f"{where}, task {at}: took {spent!r} seconds; it must be a number of at least 0")
             seen.add(at)
-            found.append((key["tasks"][at], set(map(str, marked)), chosen, float(spent)))
+            found.append((key["tasks"][at], set(map(str, marked)), cast(int, chosen), float(spent)))
         return found
 
 

@@ -161,9 +161,9 @@ def explain_strategies(
     NothingToDo
         Fewer than 10 images are predicted as a class.
     """
-    for name, value, known in (("extractor", extractor, EXTRACTORS), ("importance", method, METHODS)):
-        if value not in known:
-            raise InputError(f"{name}: there is no {value!r}; {nearest(value, known)}")
+    for name, value, choice in (("extractor", extractor, list(EXTRACTORS)), ("importance", method, list(METHODS))):
+        if value not in choice:
+            raise InputError(f"{name}: there is no {value!r}; {nearest(value, choice)}")
     if measure < 2:
         raise InputError(f"measure: got {measure}; it must be at least 2")
     tell = progress or (lambda stage, done, total: None)
@@ -333,11 +333,13 @@ def _view(weigh: _Weigher, images: ImageSet, class_id: int, own: np.ndarray, lea
     )  # fmt: skip
 
 
-def _faithfulness(weigh: _Weigher, codes: Codes, pictures: Tensor, class_id: int, phi: np.ndarray) -> tuple[float, ...]:
+def _faithfulness(weigh: _Weigher, codes: Codes, pictures: Tensor, class_id: int,
+                  phi: np.ndarray) -> tuple[float, float, float]:  # fmt: skip
+    """C-deletion, C-insertion and muFidelity, means over the images."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         report = importance_report(weigh.concepts, codes, pictures, class_id, phi, random_state=weigh.random_state)
-    return tuple(float(x.mean()) for x in (report.deletion.area, report.insertion.area, report.mu_fidelity))
+    return float(report.deletion.area.mean()), float(report.insertion.area.mean()), float(report.mu_fidelity.mean())
 
 
 def _local(weigh: _Weigher, images: ImageSet, rows: np.ndarray, classes: np.ndarray, tell: Callable) -> np.ndarray:

@@ -189,15 +189,19 @@ def draw_graph(ax: Axes, graph: StrategyGraph, names: list[str] | None = None) -
         Of the concepts.
     """
     for i, node in enumerate(graph.nodes):
-        ax.scatter(*graph.layout[node.images].T, s=10, alpha=0.45, color=f"C{i}", linewidths=0)
+        ax.scatter(
+            graph.layout[node.images, 0], graph.layout[node.images, 1], s=10, alpha=0.45, color=f"C{i}", linewidths=0
+        )
     for i, j, _ in graph.edges:
         ax.plot(*np.stack([graph.nodes[i].place, graph.nodes[j].place]).T, color="0.5", linewidth=1.2, zorder=2)
     for i, node in enumerate(graph.nodes):
         called = " + ".join(names[c] if names else str(c) for c in node.concepts) or "nothing for it"
         right = "" if math.isnan(node.accuracy) else f", {node.accuracy:.0%} right"
-        ax.scatter(*node.place, s=160, color=f"C{i}", edgecolors="white", zorder=3,
+        ax.scatter(node.place[0], node.place[1], s=160, color=f"C{i}", edgecolors="white", zorder=3,
                    label=f"{i + 1}: {called}, {node.share:.0%} of the images{right}")  # fmt: skip
-        ax.annotate(str(i + 1), node.place, ha="center", va="center", fontsize=8, color="white", zorder=4)
+        ax.annotate(
+            str(i + 1), (node.place[0], node.place[1]), ha="center", va="center", fontsize=8, color="white", zorder=4
+        )
     ax.set_xticks([])
     ax.set_yticks([])
     ax.margins(0.08)
