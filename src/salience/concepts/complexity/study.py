@@ -234,7 +234,7 @@ class _Run:
         dictionary, z, W = self.features(train, val, head)
         tell("features", 1, 3)
         parts = {name: (train.layers[name], val.layers[name]) for name in self.names}
-        A = np.array(val.layers[PENULTIMATE], np.float64)
+        A = _tensor(val.layers[PENULTIMATE]).double().numpy()
         complexity = feature_complexity(parts, *z, study.ridge)
         tell("features", 2, 3)
         rng = np.random.default_rng(study.random_state)
@@ -287,7 +287,7 @@ class _Run:
 
     def features(self, train: LayerActivations, val: LayerActivations, head: Head) -> tuple[FeatureDictionary, Codes, Any]:
         """The dictionary, the codes of both parts, and the head's weights; negative activations are split by sign."""
-        A = [torch.as_tensor(np.array(part.layers[PENULTIMATE])) for part in (train, val)]
+        A = [_tensor(part.layers[PENULTIMATE]) for part in (train, val)]
         W = head.weight.numpy()
         self.signed = min(float(part.min()) for part in A) < 0
         if self.signed:
@@ -346,7 +346,7 @@ class _Run:
             train, val = self.activations(model, self.names)
             for before, now in zip(self.first, (train, val), strict=True):
                 same_order(before, now, f"checkpoint {name}")
-            pairs[name] = tuple(np.array(part.layers[PENULTIMATE]) for part in (train, val))
+            pairs[name] = (_tensor(train.layers[PENULTIMATE]), _tensor(val.layers[PENULTIMATE]))
             report.epochs.append(self.epoch(name, model, train, val))
         report.time = time_to_decode(pairs, report.train_features, report.features, self.study.ridge)
         live = report.complexity.live & report.time.live
@@ -406,6 +406,11 @@ def _pair(name: str, score: Any, other: Any, live: Any, readable: Any, random_st
         name: rank_correlation(score[live], other[live], random_state),
         f"{name}, readable features": rank_correlation(score[readable], other[readable], random_state),
     }
+
+
+def _tensor(layer: Any) -> Float[Tensor, "n d"]:
+    """A copy in memory of a layer that may be a part of a memory map."""
+    return layer.clone() if isinstance(layer, Tensor) else torch.from_numpy(np.array(layer))
 
 
 def _example(data: Any, device: Any) -> Tensor:
