@@ -143,7 +143,9 @@ def test_complexity_is_one_minus_the_mean_over_all_layers():
 def test_single_precision_does_not_overflow_and_disk_is_as_good(tmp_path):
     big = (1e18 * H).astype(np.float32)
     np.testing.assert_allclose(
-        v_information(big, Z, (1e18 * H_TEST).astype(np.float32), Z_TEST), v_information(H, Z, H_TEST, Z_TEST), atol=1e-5
+        v_information(big, Z, (1e18 * H_TEST).astype(np.float32), Z_TEST),
+        v_information(H, Z, H_TEST, Z_TEST),
+        atol=1e-5,
     )
     np.save(tmp_path / "h.npy", H)
     on_disk = np.load(tmp_path / "h.npy", mmap_mode="r")
@@ -391,7 +393,9 @@ def test_a_study(report):
     found = report.correlations["importance"]
     assert found.value == pytest.approx(spearman(shown, report.importance.absolute[live])) and found.n == live.sum()
     assert found.low <= found.value <= found.high and set(report.flow) == {"cka", "information"}
-    assert report.support[1][-1] == 1 and report.order.tolist() == [i for i in np.argsort(report.complexity.score) if live[i]]
+    assert report.support[1][-1] == 1 and report.order.tolist() == [
+        i for i in np.argsort(report.complexity.score) if live[i]
+    ]
     at_end = report.complexity.information[-1]
     assert report.readable.tolist() == [bool(one and r > 0.5) for one, r in zip(live, at_end, strict=True)]
 
@@ -444,8 +448,8 @@ def test_rank_correlation():
         (lambda: v_information(H[:-1], Z, H_TEST, Z_TEST), InputError, "79"),
         (lambda: v_information(H, Z, H_TEST[:, :3], Z_TEST), InputError, "6 columns"),
         (lambda: v_information(H[:, 0], Z, H_TEST, Z_TEST), InputError, "matrix"),
-        (lambda: v_information(np.where(H == H[3, 2], np.nan, H), Z, H_TEST, Z_TEST), DataError, "row 3"),
-        (lambda: v_information(H, np.where(Z == Z[5, 1], np.inf, Z), H_TEST, Z_TEST), DataError, "row 5, feature 1"),
+        (lambda: v_information(np.where(H[3, 2] == H, np.nan, H), Z, H_TEST, Z_TEST), DataError, "row 3"),
+        (lambda: v_information(H, np.where(Z[5, 1] == Z, np.inf, Z), H_TEST, Z_TEST), DataError, "row 5, feature 1"),
         (lambda: feature_complexity({}, Z, Z_TEST), InputError, "none"),
         (lambda: feature_complexity({"conv9": (H, H_TEST[:-2])}, Z, Z_TEST), InputError, "conv9"),
         (lambda: time_to_decode({}, Z, Z_TEST), InputError, "checkpoints"),

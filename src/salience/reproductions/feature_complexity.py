@@ -2,7 +2,7 @@
 shuffled features do not show.
 
 Substitute for ResNet-50 on ImageNet: a small residual network learns scikit-learn's digits, shifted at random and
-noisy, with a checkpoint after each of 12 epochs; 100 features of its 64 penultimate neurons in place of 10,000 of 2,048.
+noisy, with a checkpoint after each of 12 epochs; 100 features of 64 penultimate neurons in place of 10,000 of 2,048.
 The paper's correlations stand in figures whose values could not be read, so the bars are from a trial of this setting.
 """
 
@@ -136,7 +136,7 @@ def reproduce(run: Run) -> Outcome:
         },
         pictures={"Complexity, importance and time": _scatter(report), "Where and when": _curves(report)},
         notes=[
-            f"Correlations are Spearman's over features, with bootstrap intervals over them. Readable: of R^2 above 0.5 at "
+            f"Correlations are Spearman's over features, with bootstrap intervals. Readable: R^2 above 0.5 at "
             f"the penultimate layer. Layers: {', '.join(report.complexity.names)}, maps averaged to 4 x 4.",
             "Told and not judged: epochs, flow, companions, and complexity from the input alone.",
         ],
@@ -272,14 +272,18 @@ def in_sample(world: World, report: ComplexityReport, rows: np.ndarray) -> dict[
             "least complexity of a shuffled feature": float(np.nanmin(shuffled.score))}  # fmt: skip
 
 
-def identities(world: World, report: ComplexityReport, model: nn.Module) -> tuple[tuple[float, float], tuple[float, float]]:
+def identities(
+    world: World, report: ComplexityReport, model: nn.Module
+) -> tuple[tuple[float, float], tuple[float, float]]:
     """Errors of the closed form against likelihoods, and of importance against occlusion: ours, and of the fakes."""
     H, H_test = world.layers["penultimate"]
     z, z_test = report.train_features, report.features
     ours = v_information(H, z, H_test, z_test, 1.0)
     predicted = Ridge(1.0).fit(H.double().numpy(), z).predict(H_test.double().numpy())
     gain = {
-        variance: (norm.logpdf(z_test, predicted, variance**0.5) - norm.logpdf(z_test, z_test.mean(0), variance**0.5)).mean(0)
+        variance: (
+            norm.logpdf(z_test, predicted, variance**0.5) - norm.logpdf(z_test, z_test.mean(0), variance**0.5)
+        ).mean(0)
         for variance in (0.5, 1.0)
     }
     closed = [float(np.abs(ours - np.maximum(gain[variance], 0)).max()) for variance in (0.5, 1.0)]

@@ -4,8 +4,8 @@
     K(z, x) = 1 - mean_layers I_V(f_l(x) -> z)           complexity: 0 readable everywhere, 1 nowhere
     A(z) = 1 - mean_checkpoints I_V(f_n^(e)(x) -> z)     time to decode: 0 readable from the first checkpoint on
 
-Source: Fel, Béthune, Lampinen, Serre and Hermann, NeurIPS 2024 (arXiv 2407.06076), sections 3 and 4.1. Reconstructed from
-the paper's equations as others tell them. Ours: the decoder is a ridge regression, judged on held-out images.
+Source: Fel, Béthune, Lampinen, Serre and Hermann, NeurIPS 2024 (arXiv 2407.06076), sections 3 and 4.1. Reconstructed
+from the paper's equations as others tell them. Ours: the decoder is a ridge regression, judged on held-out images.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ class _Layer:
                 raise InputError(f"{name}: the {part} part must be a matrix (images, columns) that is not empty; got "
                                  f"{tuple(getattr(matrix, 'shape', ()))}; flatten or pool maps first")  # fmt: skip
         if train.shape[1] != test.shape[1]:
-            raise InputError(f"{name}: has {train.shape[1]} columns in the train part and {test.shape[1]} in the test part")
+            raise InputError(
+                f"{name}: has {train.shape[1]} columns in the train part and {test.shape[1]} in the test part"
+            )
         self.name, self.shape, self.rows_test = name, tuple(train.shape), len(test)
         n, d = self.shape
         if d <= n:
@@ -256,8 +258,8 @@ def _information(layer: _Layer, z_train: Float[np.ndarray, "n k"], z_test: Float
     elif isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < np.inf:
         raise InputError(f"ridge: got {ridge!r}; it must be 'cv' or a number of at least 0")
     elif ridge == 0 and d >= n:
-        raise InputError(f"ridge: is 0, but layer {layer.name} has {d} columns for {n} images, so that the decoder is "
-                         "not determined; give 'cv', a penalty above 0, more images, or pool to fewer places")  # fmt: skip
+        raise InputError(f"ridge: is 0, but layer {layer.name} has {d} columns for {n} images, so the decoder is not "
+                         "determined; give 'cv', a penalty above 0, more images, or pool to fewer places")  # fmt: skip
     else:
         penalties = [float(ridge)]
     best = np.full(z.shape[1], np.inf)

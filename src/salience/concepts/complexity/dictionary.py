@@ -143,7 +143,7 @@ def split_signs(A: Float[Tensor, "n p"]) -> Float[Tensor, "n 2p"]:
 
 
 class FeatureImportance(NamedTuple):
-    """How much features move the logit: `absolute` is `Gamma`, `signed` tells for (> 0) and against (< 0); each (k,)."""
+    """How much features move the logit, each (k,): `absolute` is `Gamma`, `signed` tells for and against (< 0)."""
 
     absolute: Float[np.ndarray, " k"]
     signed: Float[np.ndarray, " k"]
@@ -185,8 +185,8 @@ def feature_importance(z: Any, D: Any, W: Any, targets: Any) -> FeatureImportanc
     z, D, W = features_of("z", z), features_of("D", D), features_of("W", W)
     c = np.asarray(targets)
     if D.shape != (z.shape[1], W.shape[1]) or c.shape != (len(z),) or c.dtype.kind not in "iu":
-        raise InputError(f"z, D, W and targets: got {z.shape}, {D.shape}, {W.shape} and {c.shape} of {c.dtype}; they must "
-                         "be (n, k), (k, p), (classes, p) and whole numbers (n,)")  # fmt: skip
+        raise InputError(f"z, D, W and targets: got {z.shape}, {D.shape}, {W.shape} and {c.shape} of {c.dtype}; they "
+                         "must be (n, k), (k, p), (classes, p) and whole numbers (n,)")  # fmt: skip
     if c.min() < 0 or c.max() >= len(W):
         raise InputError(f"targets: got classes {c.min()}..{c.max()}; the head has 0..{len(W) - 1}")
     effects = (D @ W.T).T[c] * z

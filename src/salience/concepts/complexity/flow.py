@@ -93,8 +93,8 @@ def residual_paths(
     def both(batch: Any) -> dict[str, Tensor]:
         sums = residual_sums(model, images_and_labels(batch, device)[0])
         if not sums:
-            raise InputError(f"model: {type(model).__name__} has no residual blocks, where a path around is added to one "
-                             "through layers with weights")  # fmt: skip
+            raise InputError(f"model: {type(model).__name__} has no residual blocks, where a path around is added to "
+                             "one through layers with weights")  # fmt: skip
         found = {one.name: one for one in sums}
         for name in blocks or ():
             if name not in found:

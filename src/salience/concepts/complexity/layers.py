@@ -175,10 +175,14 @@ def same_order(first: LayerActivations, second: LayerActivations, what: str = "c
     """A `DataError` if two passes did not see the same images in the same order."""
     if first.index.shape == second.index.shape and bool((first.index == second.index).all()):
         return
-    row = "" if len(first.index) != len(second.index) else f", first at row {int((first.index != second.index).int().argmax())}"
+    row = (
+        ""
+        if len(first.index) != len(second.index)
+        else f", first at row {int((first.index != second.index).int().argmax())}"
+    )
     raise DataError(
-        f"{what}: two passes gave {len(first.index)} and {len(second.index)} images in different orders{row}; rows must "
-        "be the same images everywhere, so give a loader that does not shuffle or augment"
+        f"{what}: two passes gave {len(first.index)} and {len(second.index)} images in different orders{row}; rows "
+        "must be the same images everywhere, so give a loader that does not shuffle or augment"
     )
 
 

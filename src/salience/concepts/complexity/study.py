@@ -263,7 +263,9 @@ class _Run:
         self.shake(model, report, tell)
         return report
 
-    def activations(self, model: nn.Module, names: Sequence[str], tell: Any = None) -> tuple[LayerActivations, LayerActivations]:
+    def activations(
+        self, model: nn.Module, names: Sequence[str], tell: Any = None
+    ) -> tuple[LayerActivations, LayerActivations]:
         """Both parts; on disk where they are larger than the study's memory."""
         names = [*names] if PENULTIMATE in names else [*names, PENULTIMATE]
         found = []
@@ -273,19 +275,27 @@ class _Run:
                                 "same images everywhere; make it with shuffle=False")  # fmt: skip
             example = _example(data, device_of(model))
             one = layer_activations(model, example, names, grid=self.study.grid)
-            size = 4 * sum(part.shape[1] for part in one.layers.values()) * len(getattr(data, "dataset", data))
+            size = (
+                4
+                * sum(part.shape[1] for part in one.layers.values())
+                * len(data.dataset if isinstance(data, DataLoader) else data)
+            )  # type: ignore[arg-type]
             self.files += 1
             out = self.folder / f"{self.files}.npy" if size > self.study.memory else None
-            part = layer_activations(model, data, names, grid=self.study.grid, batch_size=self.study.batch_size, out=out)
+            part = layer_activations(
+                model, data, names, grid=self.study.grid, batch_size=self.study.batch_size, out=out
+            )
             if len(part.index) < FEWEST:
-                raise NothingToDo(f"images: {len(part.index)} are too few to fit decoders and to measure them on; each of "
+                raise NothingToDo(f"images: {len(part.index)} are too few to fit decoders and measure them on; each of "
                                   f"the two parts needs {FEWEST}")  # fmt: skip
             found.append(part)
             if tell is not None:
                 tell("layers", place + 1, 2)
         return found[0], found[1]
 
-    def features(self, train: LayerActivations, val: LayerActivations, head: Head) -> tuple[FeatureDictionary, Codes, Any]:
+    def features(
+        self, train: LayerActivations, val: LayerActivations, head: Head
+    ) -> tuple[FeatureDictionary, Codes, Any]:
         """The dictionary, the codes of both parts, and the head's weights; negative activations are split by sign."""
         A = [_tensor(part.layers[PENULTIMATE]) for part in (train, val)]
         W = head.weight.numpy()
@@ -297,7 +307,9 @@ class _Run:
                                       random_state=self.study.random_state)  # fmt: skip
         return dictionary, (dictionary.codes_.double().numpy(), dictionary.encode(A[1]).double().numpy()), W
 
-    def readability(self, train: Any, val: Any, z: Any, parts: Any, complexity: Decodability) -> Float[np.ndarray, " k"]:
+    def readability(
+        self, train: Any, val: Any, z: Any, parts: Any, complexity: Decodability
+    ) -> Float[np.ndarray, " k"]:
         if PENULTIMATE in parts:
             return complexity.information[complexity.names.index(PENULTIMATE)]
         pair = {PENULTIMATE: (train.layers[PENULTIMATE], val.layers[PENULTIMATE])}
@@ -305,11 +317,11 @@ class _Run:
 
     def notes(self, report: ComplexityReport) -> None:
         if report.complexity.dead:
-            report.notes.append(f"{report.complexity.dead} of {len(report.complexity.live)} features are the same for all "
-                                "images of a part and have no score")  # fmt: skip
+            report.notes.append(f"{report.complexity.dead} of {len(report.complexity.live)} features are the same for "
+                                "all images of a part and have no score")  # fmt: skip
         if self.signed:
-            report.notes.append("the penultimate layer has negative values: positive and negative parts were factorised "
-                                "side by side, so that a feature may stand for the absence of another")  # fmt: skip
+            report.notes.append("the penultimate layer has negative values: positive and negative parts were "
+                                "factorised side by side, so a feature may stand for the absence of another")  # fmt: skip
         if len(self.names) == 1:
             report.notes.append("a single layer: complexity is 1 - I_V of that one")
 
@@ -365,7 +377,8 @@ class _Run:
         top = live[np.argsort(-gamma[live], kind="stable")][: max(1, round(len(live) / 100))]
         same = (val.logits.argmax(1) == self.first[1].logits.argmax(1)).double().mean()
         return Epoch(name, float(found.score[live].mean()), float(found.score[top].mean()),
-                     rank_correlation(found.score[live], gamma[live], self.study.random_state), float(same))  # fmt: skip
+                     rank_correlation(found.score[live], gamma[live], self.study.random_state),
+                     float(same))  # fmt: skip
 
     def forget(self) -> None:
         """Let go of memory maps before their folder goes."""
