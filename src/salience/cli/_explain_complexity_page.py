@@ -41,7 +41,7 @@ def write_page(
             "mean complexity of shuffled features": float(found.shuffled.score[found.shuffled.live].mean()),
             "predictions that survive being written in features": f"{found.agreement:.0%}",
         }),
-        report.figure(lambda ax: _scatter(ax, found, found.importance.absolute, "importance: how much it moves the logit"),
+        report.figure(lambda ax: _scatter(ax, found, found.importance.absolute, "importance (of the logit)"),
                       "Each feature: how complex it is, and how much it matters. Grey ones cannot be read from the last "
                       "layer either: such rare features get a high complexity and a low importance for free."),
         report.table(("complexity against", "rank correlation", "95 % interval", "features"),
@@ -138,7 +138,7 @@ def _flow(report: Any, found: ComplexityReport) -> list[Any]:
     said = {"cka": "likeness (linear CKA)", "information": "share of the feature that is read"}
     for measure, flow in found.flow.items():
         series = {
-            f"{name.removesuffix(' tenth')}, {path}": np.nanmean(getattr(flow, path)[:, rows], 1)
+            f"{name.split()[0].replace('most', 'complex')}, {path}": np.nanmean(getattr(flow, path)[:, rows], 1)
             for name, rows in extremes(found).items() for path in ("skip", "branch")
         }  # fmt: skip
 
@@ -199,7 +199,7 @@ def _training(report: Any, found: ComplexityReport) -> list[Any]:
     return [
         report.heading("Training"),
         report.figure(decoded, "Features of the finished network, read from the last layer of each checkpoint."),
-        report.figure(lambda ax: _scatter(ax, found, time.score, "time to decode: 0 from the first checkpoint"),
+        report.figure(lambda ax: _scatter(ax, found, time.score, "time to decode"),
                       "Each feature: how complex it is, and how late it can be read."),
         report.figure(complexity, "Another experiment: features learned anew at each checkpoint, and how complex those are."),
         report.table(("checkpoint", "complexity against importance", "95 % interval", "features", "same predictions"),

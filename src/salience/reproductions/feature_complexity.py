@@ -278,6 +278,8 @@ def identities(
     """Errors of the closed form against likelihoods, and of importance against occlusion: ours, and of the fakes."""
     H, H_test = world.layers["penultimate"]
     z, z_test = report.train_features, report.features
+    scale = np.where(report.complexity.live, z_test.std(0), 1.0)
+    z, z_test = z / scale, z_test / scale
     ours = v_information(H, z, H_test, z_test, 1.0)
     predicted = Ridge(1.0).fit(H.double().numpy(), z).predict(H_test.double().numpy())
     gain = {
@@ -289,6 +291,7 @@ def identities(
     closed = [float(np.abs(ours - np.maximum(gain[variance], 0)).max()) for variance in (0.5, 1.0)]
 
     head, D = linear_head(model, torch.zeros(2, 1, SIDE, SIDE)), report.dictionary.components_.double().numpy()
+    z_test = report.features
     rows, error, fake = np.arange(len(z_test)), 0.0, 0.0
     logit = (z_test @ D @ head.weight.numpy().T)[rows, world.targets]
     for i in range(z_test.shape[1]):

@@ -321,7 +321,7 @@ class _Run:
                                 "all images of a part and have no score")  # fmt: skip
         if self.signed:
             report.notes.append("the penultimate layer has negative values: positive and negative parts were "
-                                "factorised side by side, so a feature may stand for the absence of another")  # fmt: skip
+                                "factorised side by side; a feature may stand for the absence of another")  # fmt: skip
         if len(self.names) == 1:
             report.notes.append("a single layer: complexity is 1 - I_V of that one")
 
