@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from salience.concepts.complexity.study import ComplexityReport, RankCorrelation
+    from salience.concepts.complexity.findings import ComplexityReport, RankCorrelation
     from salience.model import ImageSet
 
 _SHOWN, _PICTURES = 5, 8  # simplest and most complex features on the page, images of each
@@ -153,7 +153,7 @@ def _flow(report: Any, found: ComplexityReport) -> list[Any]:
 
 
 def _companions(report: Any, found: ComplexityReport) -> list[Any]:
-    from salience.concepts.complexity.study import rank_correlation
+    from salience.concepts.complexity.findings import rank_correlation
     from salience.report import figures
 
     live = found.complexity.live

@@ -17,7 +17,7 @@ from salience.errors import InputError, NothingToDo
 if TYPE_CHECKING:
     from torch import nn
 
-    from salience.concepts.complexity.study import ComplexityReport
+    from salience.concepts.complexity.findings import ComplexityReport
     from salience.model import ImageSet
 
 _EPILOG = (

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         split_signs,
         support_features,
     )
+    from salience.concepts.complexity.findings import ComplexityReport, RankCorrelation, rank_correlation
     from salience.concepts.complexity.flow import (
         ResidualFlow,
         feature_cka,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
         linear_head,
         same_order,
     )
-    from salience.concepts.complexity.study import ComplexityReport, ComplexityStudy, RankCorrelation, rank_correlation
+    from salience.concepts.complexity.study import ComplexityStudy
     from salience.concepts.concept_curves import concept_deletion, concept_insertion
     from salience.concepts.concept_model import ConceptModel, ConceptScores
     from salience.concepts.craft.crops import Crops, make_crops
@@ -54,8 +55,8 @@ _WHERE: dict[str, str] = {
     "redundancy": "complexity.flow", "residual_flow": "complexity.flow", "residual_paths": "complexity.flow",
     "LayerActivations": "complexity.layers", "block_layers": "complexity.layers",
     "layer_activations": "complexity.layers", "linear_head": "complexity.layers", "same_order": "complexity.layers",
-    "ComplexityReport": "complexity.study", "ComplexityStudy": "complexity.study",
-    "RankCorrelation": "complexity.study", "rank_correlation": "complexity.study",
+    "ComplexityReport": "complexity.findings", "ComplexityStudy": "complexity.study",
+    "RankCorrelation": "complexity.findings", "rank_correlation": "complexity.findings",
     "concept_deletion": "concept_curves", "concept_insertion": "concept_curves",
     "ConceptModel": "concept_model", "ConceptScores": "concept_model",
     "Crops": "craft.crops", "make_crops": "craft.crops",
