@@ -120,8 +120,8 @@ def reproduce(run: Run) -> Outcome:
         notes=[
             f"Correlations are Spearman's over features, with bootstrap intervals. Readable: R^2 above 0.5 at "
             f"the penultimate layer. Layers: {', '.join(report.complexity.names)}, maps averaged to 4 x 4.",
-            "Told and not judged: epochs, flow and companions. In the paper complexity and importance have no relation after "
-            "the first epoch, and the skip path carries nearly all from the third block on.",
+            "Told and not judged: epochs, flow and companions. In the paper complexity and importance have no relation "
+            "after the first epoch, and the skip path carries nearly all from the third block on.",
         ],
     )  # fmt: skip
 
@@ -179,18 +179,18 @@ def build(seed: int) -> nn.Module:
 
 def train(model: nn.Module, seed: int) -> None:
     """Train one network, and keep a copy of it after each epoch."""
-    _fit(model, seed, EPOCHS)
+    _fit(model, seed, EPOCHS, COPIES)
 
 
 def train_briefly(model: nn.Module, seed: int) -> None:
     """Train just long enough to try the plumbing."""
-    _fit(model, seed, 2)
+    _fit(model, seed, 2, 1)
 
 
-def _fit(model: nn.Module, seed: int, epochs: int) -> None:
+def _fit(model: nn.Module, seed: int, epochs: int, copies: int) -> None:
     ink, rng = digits.ink(seed), np.random.default_rng(seed)
-    images = torch.cat([shifted(ink.train_x, rng) for _ in range(COPIES)])
-    labels = torch.from_numpy(np.tile(ink.train_y, COPIES))
+    images = torch.cat([shifted(ink.train_x, rng) for _ in range(copies)])
+    labels = torch.from_numpy(np.tile(ink.train_y, copies))
     networks: Any = model
     network, steps = copy.deepcopy(networks[0]), len(images) // BATCH
 
