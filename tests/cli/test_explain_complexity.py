@@ -58,7 +58,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_the_verdict_and_the_control_come_first_and_the_folder_is_whole(run, folder):
-    code, out, err = run(*NET, "--checkpoints", "early.safetensors", "--checkpoints", "net.safetensors", "-k", "8")
+    code, out, err = run(*NET, "--checkpoints", "early.safetensors", "-k", "8")
     assert code == 0, err
     lines = out.splitlines()
     assert "importance" in lines[0] and "rank correlation" in lines[0] and lines[1].startswith("Shuffled features")

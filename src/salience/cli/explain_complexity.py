@@ -37,7 +37,7 @@ def complexity(
     model: Annotated[str, typer.Argument(help="A transformers directory of an image classifier, or FILE.safetensors with --arch.", show_default=False)],
     images: Annotated[list[str], typer.Argument(help="A folder (sub-folders are classes), image files, globs, or .parquet with columns image and label.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder: features.jsonl, features.safetensors, report.html.", show_default=False)],
-    checkpoints: Annotated[list[str] | None, typer.Option("--checkpoints", help="The same network at an earlier time of its training; repeat in the order of training, MODEL itself as the last. Without, nothing is said of when features are learned.", show_default=False)] = None,
+    checkpoints: Annotated[list[str] | None, typer.Option("--checkpoints", help="The same network at an earlier time of its training; repeat in the order of training. MODEL comes last by itself. Without, nothing is said of when features are learned.", show_default=False)] = None,
     layers: Annotated[str | None, typer.Option("--layers", "-l", help="Layers to decode features from, with commas between, by their names in named_modules; also input and penultimate [default: the input, the stem, every residual block (or activation), the penultimate].", show_default=False)] = None,
     count: Annotated[int | None, typer.Option("--features", "-k", help="Features to learn [default: two for each penultimate neuron, at most 512 and a quarter of the images they are learned from].", show_default=False)] = None,
     scope: Annotated[str, typer.Option(help="Learn features of all images at once (global) or class by class (per_class).")] = "global",
@@ -117,18 +117,20 @@ def _run(model, images, out, checkpoints, options, *, arch, size, mean, std, lim
         raise NothingToDo(f"images: {len(pictures)} are too few to learn features and to measure them on others")
     held = np.arange(len(pictures)) % 3 == 2
     rows = np.flatnonzero(~held), np.flatnonzero(held)
-    later = _Checkpoints(checkpoints, arch, _device(device))
+    if checkpoints:
+        checkpoints = [*(name for name in checkpoints if Path(name).resolve() != Path(model).resolve()), model]
+    training = _Checkpoints(checkpoints, arch, _device(device))
     if options["n_features"] is None:
-        head = linear_head(loaded.model, layer_activations_example(pictures))
+        head = linear_head(loaded.model, two_images(pictures))
         options["n_features"] = max(2, min(2 * head.weight.shape[1], MOST, len(rows[0]) // 4))
     if dry_run:
-        _print_plan(loaded.model, pictures, rows, options, later, as_json, layer_activations)
+        _print_plan(loaded.model, pictures, rows, options, training, as_json, layer_activations)
         return
     with Output(out, overwrite, [model, *images, *checkpoints], folder=True) as folder:
         with _bars() as advance:
             study = ComplexityStudy(**options, draws=20)
             found = study.run(loaded.model, Subset(pictures, rows[0].tolist()), Subset(pictures, rows[1].tolist()),
-                              later, progress=advance)  # fmt: skip
+                              training, progress=advance)  # fmt: skip
         settings = {
             "command": "explain complexity", "model": model, "images": list(images), "checkpoints": checkpoints,
             **{**options, "layers": list(found.complexity.names)},
@@ -143,7 +145,7 @@ def _run(model, images, out, checkpoints, options, *, arch, size, mean, std, lim
     _print(found, rows, out, page, as_json)
 
 
-def layer_activations_example(pictures: ImageSet) -> Any:
+def two_images(pictures: ImageSet) -> Any:
     """Two images as a batch."""
     import torch
 
@@ -168,6 +170,8 @@ def words(found: ComplexityReport) -> tuple[bool | None, str, str]:
         f"{every.n} features, {readable.value:+.2f} ({readable.low:+.2f} … {readable.high:+.2f}) over the {readable.n} that "
         "the last layer tells"
     )
+    if every.n < 3:
+        return None, "too few features to tell", figures
     if not every.high < 0 and not every.low > 0:
         return False, "complexity tells nothing of importance here", figures
     if every.low > 0:
@@ -250,7 +254,7 @@ def _write_lines(folder: Any, found: ComplexityReport, images: ImageSet, tops: d
 def _print_plan(model, images, rows, options, checkpoints, as_json, activations) -> None:
     from salience.concepts.complexity.layers import block_layers
 
-    example = layer_activations_example(images)
+    example = two_images(images)
     names = block_layers(model, example) if options["layers"] == "auto" else options["layers"]
     seen = activations(model, example, names, grid=options["grid"]).layers
     for name in checkpoints:

@@ -185,11 +185,8 @@ class _Run:
                                 "same images everywhere; make it with shuffle=False")  # fmt: skip
             example = _example(data, device_of(model))
             one = layer_activations(model, example, names, grid=self.study.grid)
-            size = (
-                4
-                * sum(part.shape[1] for part in one.layers.values())
-                * len(data.dataset if isinstance(data, DataLoader) else data)
-            )  # type: ignore[arg-type]
+            rows: Any = data.dataset if isinstance(data, DataLoader) else data
+            size = 4 * len(rows) * sum(part.shape[1] for part in one.layers.values())
             self.files += 1
             out = self.folder / f"{self.files}.npy" if size > self.study.memory else None
             part = layer_activations(
@@ -262,6 +259,7 @@ class _Run:
         """When final features can be read, and how complex the features of each checkpoint are."""
         assert self.first is not None
         pairs: dict[str, tuple[Any, Any]] = {}
+        needed = set(self.folder.iterdir())
         for number, name in enumerate(checkpoints):
             tell("checkpoints", number, len(checkpoints))
             model = checkpoints[name]
@@ -270,6 +268,9 @@ class _Run:
                 same_order(before, now, f"checkpoint {name}")
             pairs[name] = (_tensor(train.layers[PENULTIMATE]), _tensor(val.layers[PENULTIMATE]))
             report.epochs.append(self.epoch(name, model, train, val))
+            del before, now, train, val
+            for file in set(self.folder.iterdir()) - needed:
+                file.unlink()
         report.time = time_to_decode(pairs, report.train_features, report.features, self.study.ridge)
         live = report.complexity.live & report.time.live
         report.correlations |= _pair("time to decode", report.complexity.score, report.time.score, live,
