@@ -85,7 +85,7 @@ def test_without_checkpoints_nothing_is_said_of_training(run, folder):
     code, out, _ = run(*NET, "--features", "5", "--noise", "0.1", "--json")
     result = json.loads(out)
     assert code == 0 and "checkpoints" not in result and set(result["correlations"]) == {
-        "importance", "importance, readable features"}  # fmt: skip
+        "importance", "importance, readable features", "importance, shuffled features"}  # fmt: skip
     assert list(result["layers"]) == ["input", "relu", "relu2", "penultimate"] and result["shuffled_complexity"] > 0.8
     rows = [json.loads(line) for line in open(folder / "found" / "features.jsonl", encoding="utf-8")]
     assert all("time to decode" not in row and "shaken by noise of 0.1" in row for row in rows)

@@ -62,7 +62,8 @@ class ComplexityReport:
         Features that can be read from the penultimate layer with R^2 above 0.5. The others are rare codes, which get
         a high complexity and a low importance for free.
     correlations : dict of str to RankCorrelation
-        "importance" and, with checkpoints, "time to decode", each also as "..., readable features".
+        "importance" and, with checkpoints, "time to decode", each also as "..., readable features"; and
+        "importance, shuffled features", the control.
     train_features, features : array (n, k), (m, k)
         Codes of the two parts.
     agreement : float

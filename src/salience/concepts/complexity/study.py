@@ -168,6 +168,10 @@ class _Run:
                 "share of images": (z[1] > 0).mean(0),
             }, (counts, support_features(z[1], D, W, b, importance.absolute, kept, counts)),
         )  # fmt: skip
+        both = live & shuffled.live
+        report.correlations["importance, shuffled features"] = rank_correlation(
+            shuffled.score[both], importance.absolute[both], study.random_state
+        )
         self.notes(report)
         self.paths(model, example, report, tell)
         self.shake(model, report, tell)
