@@ -23,6 +23,7 @@ from salience.concepts import (
     ComplexityStudy,
     block_layers,
     feature_complexity,
+    feature_importance,
     layer_activations,
     linear_head,
     rank_correlation,
@@ -54,7 +55,7 @@ def reproduce(run: Run) -> Outcome:
     epochs = list(zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed))
     checkpoints = {str(i + 1): model for i, model in enumerate(epochs[: 2 if run.smoke else EPOCHS])}
     ink, rng = digits.ink(run.seed), run.rng("images")
-    learn, test = shifted(ink.train_x, rng), shifted(np.concatenate([ink.test_x] * 2), rng)
+    learn, test = shifted(ink.train_x, rng), shifted(ink.test_x, rng)
     if run.smoke:
         learn, test = learn[:300], test[:200]
 
@@ -66,7 +67,7 @@ def reproduce(run: Run) -> Outcome:
 
     # Measure: the same with other features, other decoders, and the two identities.
     run.step("controls")
-    world = layers_of(model, checkpoints, learn, test)
+    world = layers_of(model, checkpoints, learn, test, ink.test_y[: len(test)])
     planted = planted_complexity(world, quadrants(learn), quadrants(test))
     rows = [run.rng("shuffled").permutation(len(part)) for part in (learn, test)]
     lost = planted_complexity(world, quadrants(learn)[rows[0]], quadrants(test)[rows[1]])
@@ -77,7 +78,7 @@ def reproduce(run: Run) -> Outcome:
     shuffled = correlations(report.shuffled.score, time_to_decode(world.penultimate, *nothing).score, report)
     inside = in_sample(world, report, rows[0])
     pixels = correlations(1 - report.complexity.information[0], report.time.score, report)
-    accuracy = float((model(test).argmax(1) == labels_of(ink.test_y, test)).double().mean())
+    accuracy = float((model(test).argmax(1).numpy() == ink.test_y[: len(test)]).mean())
 
     figures = {
         **own,
@@ -127,11 +128,11 @@ def reproduce(run: Run) -> Outcome:
 
 
 class World(NamedTuple):
-    """Activations of the two parts: of every layer, and of the penultimate one at each checkpoint."""
+    """Activations of both parts, of every layer and of each checkpoint's penultimate one; labels of the second."""
 
     layers: dict[str, tuple[Tensor, Tensor]]
     penultimate: dict[str, tuple[Tensor, Tensor]]
-    targets: np.ndarray
+    labels: np.ndarray
 
 
 class Block(nn.Module):
@@ -202,12 +203,9 @@ def _fit(model: nn.Module, seed: int, epochs: int, copies: int) -> None:
         epochs=epochs, batch_size=BATCH, generator=torch.Generator().manual_seed(seed), on_step=keep)  # fmt: skip
 
 
-def labels_of(labels: np.ndarray, images: Tensor) -> Tensor:
-    """Labels of the images, which go through the digits more than once."""
-    return torch.from_numpy(np.resize(labels, len(images)))
-
-
-def layers_of(model: nn.Module, checkpoints: dict[str, nn.Module], learn: Tensor, test: Tensor) -> World:
+def layers_of(
+    model: nn.Module, checkpoints: dict[str, nn.Module], learn: Tensor, test: Tensor, labels: np.ndarray
+) -> World:
     """What the study saw, for what is measured beside it."""
     names = block_layers(model, learn[:2])
     seen = [layer_activations(model, part, names) for part in (learn, test)]
@@ -215,8 +213,7 @@ def layers_of(model: nn.Module, checkpoints: dict[str, nn.Module], learn: Tensor
         name: tuple(layer_activations(one, part, ["penultimate"]).layers["penultimate"] for part in (learn, test))
         for name, one in checkpoints.items()
     }
-    return World({name: (seen[0].layers[name], seen[1].layers[name]) for name in names}, penultimate,
-                 seen[1].logits.argmax(1).numpy())  # fmt: skip
+    return World({name: (seen[0].layers[name], seen[1].layers[name]) for name in names}, penultimate, labels)
 
 
 def quadrants(images: Tensor) -> np.ndarray:
@@ -298,16 +295,20 @@ def identities(
     }
     closed = [float(np.abs(ours - np.maximum(gain[variance], 0)).max()) for variance in (0.5, 1.0)]
 
-    head, D = linear_head(model, torch.zeros(2, 1, SIDE, SIDE)), report.dictionary.components_.double().numpy()
-    z_test = report.features
-    rows, error, fake = np.arange(len(z_test)), 0.0, 0.0
-    logit = (z_test @ D @ head.weight.numpy().T)[rows, world.targets]
+    # Of the labels' logits: a network that is hardly trained predicts one class, where no sign changes.
+    W, D = (
+        linear_head(model, torch.zeros(2, 1, SIDE, SIDE)).weight.numpy(),
+        report.dictionary.components_.double().numpy(),
+    )
+    z_test, rows, error, fake = report.features, np.arange(len(world.labels)), 0.0, 0.0
+    importance = feature_importance(z_test, D, W, world.labels)
+    logit = (z_test @ D @ W.T)[rows, world.labels]
     for i in range(z_test.shape[1]):
         without = z_test.copy()
         without[:, i] = 0
-        change = logit - (without @ D @ head.weight.numpy().T)[rows, world.targets]
-        error = max(error, abs(np.abs(change).mean() - report.importance.absolute[i]))
-        fake = max(fake, abs(np.abs(change).mean() - abs(report.importance.signed[i])))
+        change = np.abs(logit - (without @ D @ W.T)[rows, world.labels]).mean()
+        error = max(error, abs(change - importance.absolute[i]))
+        fake = max(fake, abs(change - abs(importance.signed[i])))
     return (closed[0], float(error)), (closed[1], float(fake))
 
 
