@@ -61,7 +61,8 @@ def reproduce(run: Run) -> Outcome:
 
     # Method: features and all that is said of them.
     run.step("features")
-    study = ComplexityStudy(n_features=20 if run.smoke else FEATURES, random_state=run.seed)
+    study = ComplexityStudy(n_features=20 if run.smoke else FEATURES, noise=[NOISE], draws=2 if run.smoke else 5,
+                            random_state=run.seed)  # fmt: skip
     model = checkpoints[list(checkpoints)[-1]]
     report = study.run(model, learn, test, checkpoints)
 
