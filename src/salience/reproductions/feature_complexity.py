@@ -258,7 +258,7 @@ def told(report: ComplexityReport) -> dict[str, float]:
     live, order, first, last = report.complexity.live, report.order, report.epochs[0], report.epochs[-1]
     assert report.time is not None
     early = 1 - report.complexity.information[:-1].mean(0), 1 - report.time.information[:-1].mean(0)
-    skip, last_layer = report.flow["cka"].skip, 1 - report.complexity.information[-1]
+    flow, last_layer = report.flow["cka"], 1 - report.complexity.information[-1]
     return {
         "time, last layer and checkpoint left out": spearman(early[0][live], early[1][live]),
         "last layer alone against importance": spearman(last_layer[live], report.importance.absolute[live]),
@@ -267,8 +267,9 @@ def told(report: ComplexityReport) -> dict[str, float]:
         "mean complexity at the last checkpoint": last.mean,
         "complexity of the top 1 % at the first checkpoint": first.top,
         "complexity of the top 1 % at the last checkpoint": last.top,
-        "simplest on the skip path of the last block": float(skip[-1, order[:EXTREME]].mean()),
-        "most complex on the skip path of the last block": float(skip[-1, order[-EXTREME:]].mean()),
+        **{f"{name} on the {path} of the last block": float(getattr(flow, path)[-1, own].mean())
+           for name, own in (("simplest", order[:EXTREME]), ("most complex", order[-EXTREME:]))
+           for path in ("skip", "branch")},
         **{f"complexity against {name}": spearman(report.complexity.score[live], values[live])
            for name, values in report.companions.items()},
         "live features": float(live.sum()),
