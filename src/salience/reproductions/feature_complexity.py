@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 SIDE, SHIFT, NOISE = 12, 2, 0.1
 CHANNELS, WIDTH, BLOCKS = 24, 64, 5
 EPOCHS, COPIES, LEARNING_RATE, BATCH = 12, 3, 1e-3, 64
+LEARN = 800  # images that features and decoders are learned from
 FEATURES, EXTREME = 100, 10  # of the dictionary; the simplest and the most complex ones that flow is told of
 
 
@@ -55,7 +56,7 @@ def reproduce(run: Run) -> Outcome:
     epochs = list(zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed))
     checkpoints = {str(i + 1): model for i, model in enumerate(epochs[: 2 if run.smoke else EPOCHS])}
     ink, rng = digits.ink(run.seed), run.rng("images")
-    learn, test = shifted(ink.train_x, rng), shifted(ink.test_x, rng)
+    learn, test = shifted(ink.train_x[:LEARN], rng), shifted(ink.test_x, rng)
     if run.smoke:
         learn, test = learn[:300], test[:200]
 
