@@ -63,7 +63,7 @@ def nmf(
     activations : Tensor or ndarray (n, p)
         `A`, not negative; floats.
     n_concepts : int
-        k, at most n and at most p.
+        k, at most n and at most p; more only with an `init`.
     init : (Tensor (n, k), Tensor (k, p)), optional
         Where to begin; by default NNDSVDa (Boutsidis and Gallopoulos, 2008) from a randomised decomposition.
     max_iter : int
@@ -93,6 +93,11 @@ def nmf(
     n, p = matrix_shape(activations)
     if isinstance(n_concepts, bool) or not isinstance(n_concepts, int) or not 1 <= n_concepts <= min(n, p):
         raise InputError(f"n_concepts: got {n_concepts!r}; activations of shape ({n}, {p}) allow 1..{min(n, p)}")
+    n, p = _checked(activations)
+    whole = isinstance(n_concepts, int) and not isinstance(n_concepts, bool)
+    if not whole or n_concepts < 1 or (init is None and n_concepts > min(n, p)):
+        raise InputError(f"n_concepts: got {n_concepts!r}; activations of shape ({n}, {p}) allow 1..{min(n, p)}, "
+                         "and more with an init")  # fmt: skip
     if max_iter < 1 or tol < 0:
         raise InputError(f"max_iter and tol: got {max_iter} and {tol}; they must be at least 1 and 0")
     rows = _Rows(activations, device)
