@@ -91,9 +91,6 @@ def nmf(
     2009 (HALS); section 3.1 of CRAFT (arXiv 2211.10154) for its use.
     """
     n, p = matrix_shape(activations)
-    if isinstance(n_concepts, bool) or not isinstance(n_concepts, int) or not 1 <= n_concepts <= min(n, p):
-        raise InputError(f"n_concepts: got {n_concepts!r}; activations of shape ({n}, {p}) allow 1..{min(n, p)}")
-    n, p = _checked(activations)
     whole = isinstance(n_concepts, int) and not isinstance(n_concepts, bool)
     if not whole or n_concepts < 1 or (init is None and n_concepts > min(n, p)):
         raise InputError(f"n_concepts: got {n_concepts!r}; activations of shape ({n}, {p}) allow 1..{min(n, p)}, "

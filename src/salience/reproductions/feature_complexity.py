@@ -53,7 +53,7 @@ def reproduce(run: Run) -> Outcome:
 
     # Data and model: shifted noisy digits, one network at every epoch.
     run.step("training the network")
-    epochs = list(zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed))
+    epochs = list(zoo.trained(zoo.Recipe(build, train_briefly if run.smoke else train), run.seed).children())
     checkpoints = {str(i + 1): model for i, model in enumerate(epochs[: 2 if run.smoke else EPOCHS])}
     ink, rng = digits.ink(run.seed), run.rng("images")
     learn, test = shifted(ink.train_x[:LEARN], rng), shifted(ink.test_x, rng)
@@ -76,8 +76,8 @@ def reproduce(run: Run) -> Outcome:
     exact, wrong = identities(world, report, model)
     assert report.time is not None
     own = correlations(report.complexity.score, report.time.score, report)
-    nothing = [run.rng("shuffled features").permutation(part) for part in (report.train_features, report.features)]
-    shuffled = correlations(report.shuffled.score, time_to_decode(world.penultimate, *nothing).score, report)
+    codes, held = (run.rng("shuffled features").permutation(part) for part in (report.train_features, report.features))
+    shuffled = correlations(report.shuffled.score, time_to_decode(world.penultimate, codes, held).score, report)
     inside = in_sample(world, report, rows[0])
     pixels = correlations(1 - report.complexity.information[0], report.time.score, report)
     accuracy = float((model(test).argmax(1).numpy() == ink.test_y[: len(test)]).mean())

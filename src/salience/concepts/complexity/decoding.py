@@ -149,7 +149,7 @@ def time_to_decode(
     ----------
     checkpoints : dict of str to (train, test)
         Penultimate activations (n, p), (m, p) at each checkpoint in the order of training, of the same images in the
-        same order (`layer_activations` returns an index to compare).
+        same order (`layer_activations` returns fingerprints to compare).
     z_train, z_test : Tensor or ndarray (n, k), (m, k)
         Features of the finished network. `ridge` as in `v_information`.
 
@@ -226,7 +226,7 @@ class _Layer:
             scores = [torch.cat([(part - mean) @ V for part in _blocks(m, name)]) for m in (train, test)]
             self.s2, self.U, self.T = values, scores[0] / values.sqrt(), scores[1]
         else:
-            gram, across = 0.0, 0.0
+            gram, across = torch.zeros(n, n).double(), torch.zeros(len(test), n).double()
             step = max(1, _CELLS // max(n, len(test)))
             for own, other in zip(_columns(train, name, step), _columns(test, name, step), strict=True):
                 mean = own.mean(0)

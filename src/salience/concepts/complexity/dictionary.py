@@ -113,7 +113,7 @@ def learn_dictionary(
     -----
     Source: section 3 of arXiv 2407.06076.
     """
-    options = {"max_iter": max_iter, "tol": TOLERANCE, "random_state": random_state}
+    options: dict[str, Any] = {"max_iter": max_iter, "tol": TOLERANCE, "random_state": random_state}
     whole = FeatureDictionary(n_concepts=k, **options)
     if scope == "global":
         return whole.fit(A)

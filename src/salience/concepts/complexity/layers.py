@@ -33,14 +33,14 @@ class LayerActivations(NamedTuple):
     layers : dict of str to Tensor or memory map (n, d_l)
         Maps averaged to a grid and flattened.
     logits : Tensor (n, classes)
-    index : Tensor (n,) of int64
+    fingerprints : Tensor (n,) of int64
         A number for each image that follows from its pixels: two passes over the same images in the same order give
-        the same index. `same_order` compares.
+        the same ones. `same_order` compares.
     """
 
     layers: dict[str, Any]
     logits: Float[Tensor, "n classes"]
-    index: Tensor
+    fingerprints: Tensor
 
 
 class Head(NamedTuple):
@@ -149,22 +149,22 @@ def layer_activations(
             named: Mapping[str, Tensor] = {**{n: seen[n] for n in inner}, INPUT: pixels, **fed}
             parts = {name: pooled_to_grid(named[name], grid, name).float() for name in layers}
         widths.update({name: part.shape[1] for name, part in parts.items()})
-        return {"all": torch.cat(list(parts.values()), 1), "logits": logits, "index": _index(pixels)}
+        return {"all": torch.cat(list(parts.values()), 1), "logits": logits, "fingerprints": _fingerprints(pixels)}
 
     with training_mode(model, False), torch.no_grad():
         if out is None:
             found = map_batches(columns, images, batch_size=batch_size)
-            whole, logits, index = found["all"], found["logits"], found["index"]
+            whole, logits, index = found["all"], found["logits"], found["fingerprints"]
         else:  # one tensor a file: the small ones travel beside it
             beside: list[dict[str, Tensor]] = []
 
             def keep(batch: Any) -> Tensor:
                 part = columns(batch)
-                beside.append({key: part[key].cpu() for key in ("logits", "index")})
+                beside.append({key: part[key].cpu() for key in ("logits", "fingerprints")})
                 return part["all"]
 
             whole = map_batches(keep, images, batch_size=batch_size, out=Path(out))
-            logits, index = (torch.cat([part[key] for part in beside]) for key in ("logits", "index"))
+            logits, index = (torch.cat([part[key] for part in beside]) for key in ("logits", "fingerprints"))
     ends = np.cumsum([0, *(widths[name] for name in layers)])
     return LayerActivations(
         {name: whole[:, ends[i] : ends[i + 1]] for i, name in enumerate(layers)}, logits.float(), index
@@ -173,23 +173,20 @@ def layer_activations(
 
 def same_order(first: LayerActivations, second: LayerActivations, what: str = "checkpoints") -> None:
     """A `DataError` if two passes did not see the same images in the same order."""
-    if first.index.shape == second.index.shape and bool((first.index == second.index).all()):
+    one, other = first.fingerprints, second.fingerprints
+    if one.shape == other.shape and bool((one == other).all()):
         return
-    row = (
-        ""
-        if len(first.index) != len(second.index)
-        else f", first at row {int((first.index != second.index).int().argmax())}"
-    )
+    row = "" if len(one) != len(other) else f", first at row {int((one != other).int().argmax())}"
     raise DataError(
-        f"{what}: two passes gave {len(first.index)} and {len(second.index)} images in different orders{row}; rows "
-        "must be the same images everywhere, so give a loader that does not shuffle or augment"
+        f"{what}: two passes gave {len(one)} and {len(other)} images in different orders{row}; rows must be the same "
+        "images everywhere, so give a loader that does not shuffle or augment"
     )
 
 
 def pooled_to_grid(activations: Tensor, grid: int, name: str) -> Float[Tensor, "n d"]:
     """Vectors as they are, maps and tokens averaged to ``grid^2`` places and flattened."""
     if activations.ndim == 4:
-        size = [min(grid, side) for side in activations.shape[2:]]
+        size = (min(grid, activations.shape[2]), min(grid, activations.shape[3]))
         return adaptive_avg_pool2d(activations, size).flatten(1)
     if activations.ndim == 3:
         return adaptive_avg_pool1d(activations.transpose(1, 2), min(grid**2, activations.shape[1])).flatten(1)
@@ -214,7 +211,7 @@ def _inputs_of(model: nn.Module, head: Head | None) -> Iterator[dict[str, Tensor
         handle.remove()
 
 
-def _index(pixels: Tensor) -> Tensor:
+def _fingerprints(pixels: Tensor) -> Tensor:
     """64 bits of a hash of each image."""
     flat = pixels.detach().cpu().contiguous().flatten(1)
     rows = [hashlib.blake2b(row.numpy().tobytes(), digest_size=8).digest() for row in flat]

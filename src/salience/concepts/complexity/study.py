@@ -145,10 +145,10 @@ class _Run:
         tell("features", 1, 3)
         parts = {name: (train.layers[name], val.layers[name]) for name in self.names}
         A = _tensor(val.layers[PENULTIMATE]).double().numpy()
-        complexity = feature_complexity(parts, *z, study.ridge)
+        complexity = feature_complexity(parts, z[0], z[1], study.ridge)
         tell("features", 2, 3)
         rng = np.random.default_rng(study.random_state)
-        shuffled = feature_complexity(parts, *(rng.permutation(part) for part in z), study.ridge)
+        shuffled = feature_complexity(parts, rng.permutation(z[0]), rng.permutation(z[1]), study.ridge)
         tell("features", 3, 3)
 
         targets = val.logits.argmax(1).numpy()
@@ -166,7 +166,7 @@ class _Run:
                 "redundancy": redundancy(A, z[1], random_state=study.random_state),
                 "localisation": hoyer(D[:, : A.shape[1]] - D[:, A.shape[1] :] if self.signed else D),
                 "share of images": (z[1] > 0).mean(0),
-            }, (counts, support_features(z[1], D, W, b, importance.absolute, kept, counts)),
+            }, (counts, support_features(z[1], D, W, b, importance.absolute, kept, counts.tolist())),
         )  # fmt: skip
         both = live & shuffled.live
         report.correlations["importance, shuffled features"] = rank_correlation(
@@ -196,9 +196,9 @@ class _Run:
             part = layer_activations(
                 model, data, names, grid=self.study.grid, batch_size=self.study.batch_size, out=out
             )
-            if len(part.index) < FEWEST:
-                raise NothingToDo(f"images: {len(part.index)} are too few to fit decoders and measure them on; each of "
-                                  f"the two parts needs {FEWEST}")  # fmt: skip
+            if len(part.fingerprints) < FEWEST:
+                raise NothingToDo(f"images: {len(part.fingerprints)} are too few to fit decoders and measure them on; "
+                                  f"each of the two parts needs {FEWEST}")  # fmt: skip
             found.append(part)
             if tell is not None:
                 tell("layers", place + 1, 2)
@@ -224,7 +224,7 @@ class _Run:
         if PENULTIMATE in parts:
             return complexity.information[complexity.names.index(PENULTIMATE)]
         pair = {PENULTIMATE: (train.layers[PENULTIMATE], val.layers[PENULTIMATE])}
-        return time_to_decode(pair, *z, self.study.ridge).information[0]
+        return time_to_decode(pair, z[0], z[1], self.study.ridge).information[0]
 
     def notes(self, report: ComplexityReport) -> None:
         if report.complexity.dead:
