@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from salience.concepts.concept_model import Codes, ConceptModel, Images, classes_of, logits_of_codes
-from salience.concepts.importance import Masked, check_rows
+from salience.concepts.concept_model import Codes, ConceptModel, Images, Masked, classes_of, logits_of_codes
+from salience.concepts.importance import check_rows
 from salience.errors import InputError
 from salience.features.attribution import target_classes
 from salience.measure.curves import Curve, curve

@@ -125,8 +125,21 @@ def classes_of(target: Any, n: int) -> Int[Tensor, " n"]:
     return wanted.expand(n).cpu()
 
 
+class Masked:
+    """Codes of an image times each mask, made when they are asked for."""
+
+    def __init__(self, codes: Float[Tensor, "*positions k"], masks: Float[Tensor, "m *positions k"]) -> None:
+        self.codes, self.masks = codes, masks
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.codes * self.masks[rows]
+
+
 def logits_of_codes(
-    concepts: ConceptModel, codes: Codes, image: Float[Tensor, "1 channel height width"], batch_size: int
+    concepts: ConceptModel, codes: Codes | Masked, image: Float[Tensor, "1 channel height width"], batch_size: int
 ) -> Float[Tensor, "n classes"]:
     """Logits of many codes of one image, without gradients, on the CPU."""
     device = device_of(concepts.model)

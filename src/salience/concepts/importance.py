@@ -9,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from salience.concepts.concept_model import Codes, ConceptModel, Images, chosen_logits, classes_of, logits_of_codes
+from salience.concepts.concept_model import (
+    Codes,
+    ConceptModel,
+    Images,
+    Masked,
+    chosen_logits,
+    classes_of,
+    logits_of_codes,
+)
 from salience.concepts.sensitivity import sobol_design, total_indices
 from salience.errors import InputError
 from salience.features.attribution import device_of, target_scores
@@ -76,19 +84,6 @@ def sobol_importance(
         logits = logits_of_codes(concepts, Masked(own, masks), images[i : i + 1], batch_size)
         totals[i] = total_indices(chosen_logits(logits, int(classes[i])).double().numpy(), k, estimator)
     return totals
-
-
-class Masked:
-    """Codes of an image times each mask, made when they are asked for."""
-
-    def __init__(self, codes: Float[Tensor, "*positions k"], masks: Float[Tensor, "m *positions k"]) -> None:
-        self.codes, self.masks = codes, masks
-
-    def __len__(self) -> int:
-        return len(self.masks)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        return self.codes * self.masks[rows]
 
 
 def gradient_input(

@@ -326,10 +326,16 @@ def _nonnegative(model: nn.Module, images: Images, before: str = "") -> dict[tup
 
 def _carries(model: nn.Module, layer: str, images: Images, logits: Tensor) -> bool:
     """Whether the layer runs once, and the logits are others when it gives zeros."""
-    runs = []
-    with replace(model, layer, lambda a: runs.append(1) or torch.zeros_like(a)):
+    runs = 0
+
+    def zeros(output: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return torch.zeros_like(output)
+
+    with replace(model, layer, zeros):
         changed = logits_of(run(model, (images,)))
-    return len(runs) == 1 and not torch.equal(changed, logits)
+    return runs == 1 and not torch.equal(changed, logits)
 
 
 def earlier_layer(model: nn.Module, images: Images, layer: str) -> str:

@@ -26,7 +26,7 @@ from salience.model.at import training_mode
 from salience.model.batches import map_batches
 
 PLAIN = "{question}\n\n{reasoning}\n\n{answer}"
-PADDING = 1.125  # most tokens computed in a batch, of those needed
+PADDING = 1.05  # most tokens computed in a batch, of those needed
 
 
 class Chain(NamedTuple):
