@@ -39,14 +39,14 @@ def given(emb: Any, attn: Any, probs: Any, emb_aug: Any, attn_aug: Any) -> Given
         off = ((probs.sum(1) - 1).abs() > 1e-3) | (probs < 0).any(1)
         if bool(off.any()):
             row = int(off.nonzero()[0])
-            raise DataError(f"probs: row {row} sums to {float(probs[row].sum()):.4g} and goes down to "
-                            f"{float(probs[row].min()):.4g}; give probabilities (the softmax of the logits), which sum to 1")  # fmt: skip
+            raise DataError(f"probs: row {row} sums to {float(probs[row].sum()):.4g}, its least is "
+                            f"{float(probs[row].min()):.4g}; give the softmax of the logits")  # fmt: skip
     if (emb_aug is None) != (attn_aug is None):
         raise InputError("emb_aug and attn_aug: give both, or neither")
     if emb_aug is not None:
         emb_aug = _tensor("emb_aug", emb_aug, 3).to(emb.device)
         if emb_aug.shape != emb.shape:
-            raise InputError(f"emb_aug: has shape {tuple(emb_aug.shape)}; twins of emb {tuple(emb.shape)} need the same")
+            raise InputError(f"emb_aug: has shape {tuple(emb_aug.shape)}; that of emb, {tuple(emb.shape)}, is needed")
         attn_aug = _attention("attn_aug", attn_aug, emb_aug)
         if len(emb) == 1:
             emb_aug = attn_aug = None
@@ -64,7 +64,7 @@ def check_options(model: Any) -> None:
     for name, above in (("alpha", True), ("cov_floor", True), ("faithfulness", False), ("stability", False)):
         value = getattr(model, name)
         if not _finite(value) or value < 0 or (above and value == 0):
-            raise InputError(f"{name}: got {value!r}; it must be a finite number {'above' if above else 'of at least'} 0")
+            raise InputError(f"{name}: got {value!r}; it must be finite, {'above' if above else 'at least'} 0")
     scale = model.attention_scale
     if not (scale is None or scale == "J" or (_finite(scale) and scale > 0)):
         raise InputError(f"attention_scale: got {scale!r}; it must be 'J', a number above 0, or None")

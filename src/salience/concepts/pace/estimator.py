@@ -340,9 +340,7 @@ class PACE(BaseEstimator):
         printed = self._gaussians().log_det if self.printed_form else None
         return vb.e_step(views, self.alpha, self.e_steps, pull, printed=printed)
 
-    def _pass(
-        self, data: Given, gammas: list[Tensor], phibars: list[Tensor]
-    ) -> tuple[_Sums, Float[Tensor, "3"]]:
+    def _pass(self, data: Given, gammas: list[Tensor], phibars: list[Tensor]) -> tuple[_Sums, Float[Tensor, " 3"]]:
         """An E step over all images: `gammas` and `phibars` (m, k) of each view are brought up to date in place.
 
         Returns what the M step needs, and the three parts of the bound.
@@ -366,7 +364,7 @@ class PACE(BaseEstimator):
             sums.add(block.emb, block.attn, found[0].phi, views[0].log_density)
         return sums, parts
 
-    def _named(self, parts: Float[Tensor, "3"]) -> dict[str, float]:
+    def _named(self, parts: Float[Tensor, " 3"]) -> dict[str, float]:
         e, f, s = parts.tolist()
         return {"total": e + self.faithfulness * f + self.stability * s, "e": e, "f": f, "s": s}
 

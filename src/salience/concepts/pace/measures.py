@@ -59,7 +59,7 @@ def desiderata(
         raise InputError(f"theta_train, theta_test and theta_aug: got {train.shape}, {test.shape} and {aug.shape} for "
                          f"{len(classes[0])} and {len(classes[1])} predictions; they must fit")  # fmt: skip
     if len(np.unique(classes[0])) < 2:
-        raise DataError(f"pred_train: the model predicts class {classes[0][0]} throughout; there is nothing to tell apart")
+        raise DataError(f"pred_train: the model predicts class {classes[0][0]} throughout, there is nothing to tell")
     size = np.linalg.norm(test, axis=1)
     if not size.all():
         raise DataError(f"theta_test: image {int(np.flatnonzero(size == 0)[0])} holds no concept at all")
@@ -93,8 +93,8 @@ def perturb(
     """Perturbed twins of images, as contrastive learning makes them.
 
     In this order: a mirrored image; a crop enlarged to the image's size; with probability 0.8 brightness, contrast and
-    saturation by up to 50 % and hue by up to a tenth of the circle; no colour; a Gaussian blur whose deviation is 0.1 to
-    2 pixels for each 224 of the shorter side.
+    saturation by up to 50 % and hue by up to a tenth of the circle; no colour; a Gaussian blur whose deviation is 0.1
+    to 2 pixels for each 224 of the shorter side.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def perturb(
     if len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
         raise InputError("images: colours must lie between 0 and 1; perturb before normalising")
     if not 0 < crop[0] <= crop[1] <= 1 or not 0 <= jitter <= 1 or not 0 <= flip <= 1 or not 0 <= grey <= 1:
-        raise InputError(f"crop, jitter, flip and grey: got {crop}, {jitter}, {flip} and {grey}; shares of 1 are needed")
+        raise InputError(f"crop, jitter, flip and grey: got {crop}, {jitter}, {flip} and {grey}; they are shares of 1")
     twins = []
     for row, image in enumerate(images):
         rng = np.random.default_rng([random_state, row])
@@ -143,9 +143,13 @@ def perturb(
 
 
 def _crop(image: Tensor, rng: np.random.Generator, flip: float, share: tuple[float, float]) -> Tensor:
-    """A random part of the image, perhaps mirrored, at the image's size."""
-    area, ratio = rng.uniform(*share), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    wide, high = min(1.0, math.sqrt(area * ratio)), min(1.0, math.sqrt(area / ratio))
+    """A random part of the image, perhaps mirrored, at the image's size; the whole if ten draws do not fit in it."""
+    wide = high = 1.0
+    for _ in range(10):
+        area, ratio = rng.uniform(*share), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        if max(area * ratio, area / ratio) <= 1:
+            wide, high = math.sqrt(area * ratio), math.sqrt(area / ratio)
+            break
     x, y = (rng.uniform(-(1 - side), 1 - side) for side in (wide, high))
     sign = -1.0 if rng.random() < flip else 1.0
     matrix = torch.tensor([[sign * wide, 0.0, x], [0.0, high, y]]).to(image)[None]

@@ -25,9 +25,7 @@ class PatchTokens(NamedTuple):
     probs: Float[Tensor, "m n"]
 
 
-def vit_tokens(
-    model: nn.Module, pixel_values: Float[Tensor, "m channel height width"], layer: int = -1
-) -> PatchTokens:
+def vit_tokens(model: nn.Module, pixel_values: Float[Tensor, "m channel height width"], layer: int = -1) -> PatchTokens:
     """Patch embeddings behind a block of a vision transformer, its attention, and what the model predicts.
 
         a_mj = mean_heads attention(class token -> patch j) at that block

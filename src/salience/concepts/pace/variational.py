@@ -92,15 +92,13 @@ def update_phi(
     return logits.softmax(-1)
 
 
-def update_gamma(
-    phi: Float[Tensor, "m j k"], attention: Float[Tensor, "m j"], alpha: float
-) -> Float[Tensor, "m k"]:
+def update_gamma(phi: Float[Tensor, "m j k"], attention: Float[Tensor, "m j"], alpha: float) -> Float[Tensor, "m k"]:
     """``gamma_mk = alpha + sum_j phi_mjk a_mj`` [V]."""
     return alpha + torch.einsum("mjk,mj->mk", phi, attention)
 
 
 class Patches(NamedTuple):
-    """Patches of some images as the local updates need them: log densities (m, j, k), attention (m, j), gamma (m, k)."""
+    """Patches of some images, as local updates need them: log densities (m, j, k), attention (m, j), gamma (m, k)."""
 
     log_density: Float[Tensor, "m j k"]
     attention: Float[Tensor, "m j"]
@@ -145,7 +143,7 @@ def mixture_bound(
 ) -> Float[Tensor, " m"]:
     """`L_e` of each image: patches under the concepts, and what q keeps open.
 
-        sum_jk a phi (log N + E_q[log theta_k]) - sum_jk phi log phi + E_q[log Dir(theta; alpha)] - E_q[log q(theta)]
+    sum_jk a phi (log N + E_q[log theta_k]) - sum_jk phi log phi + E_q[log Dir(theta; alpha)] - E_q[log q(theta)]
     """
     phi, gamma = local
     mean_log, k = expected_log_theta(gamma), gamma.shape[1]
