@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file, save_model
 
 from model.conftest import tokenizer as tokenizer
-from salience.cli import main
 from salience.io import verify_output
 from salience.model import load
 from salience.scores import Scores
@@ -33,16 +33,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(what: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "compress", what, *arguments])
-        capsys.readouterr()  # what saving the test's own model has printed
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+def run(folder: Path, salience):
+    return partial(salience, "compress")
 
 
 def pictures(path: Path, model, rows: int = 24) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import save_model
 from torch.nn.functional import cross_entropy
 
-from salience.cli import main
 from salience.cli._students import StudentComparison, fresh
 from salience.data import DistilledSet
 from salience.errors import InputError
@@ -69,16 +68,8 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "compress", "dataset", *arguments])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+def run(folder: Path, salience):
+    return partial(salience, "compress", "dataset")
 
 
 def test_it_is_measured_first_and_what_it_writes_can_be_trained_on(run, folder: Path) -> None:

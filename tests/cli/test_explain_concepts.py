@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_model
 
-from salience.cli import main
 from tiny import Plain
 
 
@@ -44,15 +43,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "explain", "concepts", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
+def run(folder: Path, salience):
+    return partial(salience, "explain", "concepts")
 
 
 NET = ["net.safetensors", "images", "--arch", "tiny:plain", "-o", "found", "--layer", "relu2"]

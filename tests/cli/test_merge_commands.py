@@ -11,22 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from salience.cli import main
 from salience.model import load
 from tiny import VOCABULARY, build, directory_hash, plain
 
 
-def salience(capsys, monkeypatch, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["salience", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    printed = capsys.readouterr()
-    return int(stopped.value.code or 0), printed.out, printed.err
-
-
 @pytest.fixture
-def run(capsys, monkeypatch):
-    return lambda *arguments: salience(capsys, monkeypatch, *arguments)
+def run(salience):
+    return salience
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
-from salience.cli import main
 from salience.features.outrank import ranking
 from salience.scores import Scores
 
@@ -38,15 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "rank", "table", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+def run(folder: Path, salience):
+    return partial(salience, "rank", "table")
 
 
 BASE = ["t.csv", "--label", "y", "-o", "out", "--batch-rows", "1000", "--workers", "1"]

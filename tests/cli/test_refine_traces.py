@@ -14,26 +14,12 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from salience.cli import main
 from salience.data import PIR, refine_traces
 from salience.data.pir.steps import FUNCTIONAL
 from salience.errors import NothingToDo
 from salience.io import verify_output
 from salience.model import load
 from salience.scores import Scores
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of one command."""
-    sys.argv = ["salience", *map(str, arguments)]
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(autouse=True)
@@ -98,9 +84,11 @@ def base(jsonl: Path, model: Path, out: Path) -> list[object]:
     return ["refine", "traces", jsonl, "--model", model, "-o", out]
 
 
-def test_the_proof_comes_first_and_every_removal_is_explained(jsonl: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_the_proof_comes_first_and_every_removal_is_explained(
+    jsonl: Path, model: Path, tmp_path: Path, salience
+) -> None:
     out = tmp_path / "out.jsonl"
-    code, told, err = run(capsys, *base(jsonl, model, out), "--ratio", 0.5)
+    code, told, err = salience(*base(jsonl, model, out), "--ratio", 0.5)
     assert code == 0, err
     first = told.splitlines()[0]
     assert first.startswith("Refined traces predict the answer ") and "at random: perplexity" in first
@@ -146,13 +134,15 @@ def test_the_figures_are_of_direct_evaluation(model: Path, tmp_path: Path) -> No
     assert found.better is True and found.mean("PIR") < found.mean("random")
 
 
-def test_the_same_whatever_the_batch_the_files_and_the_format(jsonl: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_the_same_whatever_the_batch_the_files_and_the_format(
+    jsonl: Path, model: Path, tmp_path: Path, salience
+) -> None:
     parquet = tmp_path / "traces.parquet"
     pq.write_table(pa.Table.from_pylist(traces()), parquet, row_group_size=5)
     found = []
     for source, out, batch in ((jsonl, "a.jsonl", 8), (jsonl, "b.jsonl", 1), (parquet, "c.parquet", 8)):
-        code, told, err = run(
-            capsys, *base(source, model, tmp_path / out), "--ratio", 0.5, "--batch-size", batch, "--json"
+        code, told, err = salience(
+            *base(source, model, tmp_path / out), "--ratio", 0.5, "--batch-size", batch, "--json"
         )
         assert code == 0, err
         found.append(json.loads(told))
@@ -166,11 +156,11 @@ def test_the_same_whatever_the_batch_the_files_and_the_format(jsonl: Path, model
     assert set(found[0]["patterns"]) == {"progressive", *FUNCTIONAL}
 
 
-def test_ready_steps_one_pattern_and_other_names(model: Path, tmp_path: Path, capsys) -> None:
+def test_ready_steps_one_pattern_and_other_names(model: Path, tmp_path: Path, salience) -> None:
     path = tmp_path / "own.jsonl"
     rows = [{"q": "1?", "steps": ["It is 3.", " Wait, it is 4.", " Wait, it is 5."], "a": "5"}] * 6
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, told, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"), "--ratio", 0.5, "--question", "q", "--reasoning",
+    code, told, err = salience(*base(path, model, tmp_path / "o.jsonl"), "--ratio", 0.5, "--question", "q", "--reasoning",
                           "steps", "--answer", "a", "--pattern", "verification", "--json")  # fmt: skip
     assert code == 0, err
     assert json.loads(told)["removed"] == {
@@ -182,18 +172,18 @@ def test_ready_steps_one_pattern_and_other_names(model: Path, tmp_path: Path, ca
     assert json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0])["steps"] == ["It is 3.", " Wait, it is 5."]
 
 
-def test_a_local_model_as_judge(model: Path, tmp_path: Path, capsys) -> None:
+def test_a_local_model_as_judge(model: Path, tmp_path: Path, salience) -> None:
     path = tmp_path / "plain.jsonl"
     path.write_text(
         "".join(json.dumps({**row, "reasoning": "It is 3.\n\nIt is 4.\n\nIt is 5."}) + "\n" for row in traces(2))
     )
-    code, _, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"))
+    code, _, err = salience(*base(path, model, tmp_path / "o.jsonl"))
     assert code == 4 and "no step of any trace is functional" in err and "--judge" in err
-    code, _, err = run(capsys, *base(path, model, tmp_path / "o.jsonl"), "--judge", model, "--ratio", 0.9)
+    code, _, err = salience(*base(path, model, tmp_path / "o.jsonl"), "--judge", model, "--ratio", 0.9)
     assert code in (0, 4), err  # as the tiny model finds; the plumbing is the same
 
 
-def test_a_chat_endpoint_as_judge(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_chat_endpoint_as_judge(model: Path, tmp_path: Path, salience, monkeypatch) -> None:
     import sys as system
 
     system.path.insert(0, str(Path(__file__).parents[1] / "data"))
@@ -217,50 +207,50 @@ def test_a_chat_endpoint_as_judge(model: Path, tmp_path: Path, capsys, monkeypat
         "--ratio",
         0.5,
     ]
-    code, _, err = run(capsys, *command, "--judge-key", "JUDGE_KEY")
+    code, _, err = salience(*command, "--judge-key", "JUDGE_KEY")
     fake.close()
     assert code == 0, err
     assert len(fake.asked) == 6 and fake.headers[0]["Authorization"] == "Bearer secret"
     written = "".join(file.read_text() for file in tmp_path.glob("o.jsonl*.json*"))
     assert "secret" not in written and '"relates_to": 0' in written
-    assert run(capsys, *command, "--judge-key", "NO_KEY", "--overwrite")[0] == 2
-    code, _, err = run(capsys, *base(path, model, tmp_path / "p.jsonl"), "--judge", fake.url)
+    assert salience(*command, "--judge-key", "NO_KEY", "--overwrite")[0] == 2
+    code, _, err = salience(*base(path, model, tmp_path / "p.jsonl"), "--judge", fake.url)
     assert code == 2 and "--judge-model is missing" in err
 
 
-def test_unusable_records_are_set_aside(model: Path, tmp_path: Path, capsys) -> None:
+def test_unusable_records_are_set_aside(model: Path, tmp_path: Path, salience) -> None:
     path = tmp_path / "some.jsonl"
     good = [json.dumps(row) for row in traces(8)]
     path.write_text("\n".join([*good, '{"question": "?"}', "{not json", ""]))
     command = base(path, model, tmp_path / "o.jsonl")
-    code, _, err = run(capsys, *command, "--ratio", 0.5)
+    code, _, err = salience(*command, "--ratio", 0.5)
     assert code == 3 and "2 of 10 records of the traces are bad" in err
-    code, _, err = run(capsys, *command, "--ratio", 0.5, "--strict")
+    code, _, err = salience(*command, "--ratio", 0.5, "--strict")
     assert code == 3 and not (tmp_path / "o.jsonl").exists()
-    code, told, err = run(capsys, *command, "--ratio", 0.5, "--max-bad", 0.3)
+    code, told, err = salience(*command, "--ratio", 0.5, "--max-bad", 0.3)
     assert code == 0, err
     assert "10 records read = 8 refined + 0 unchanged + 0 skipped + 0 blank + 2 quarantined" in told
     bad = [json.loads(line) for line in (tmp_path / "o.jsonl.quarantine.jsonl").read_text().splitlines()]
     assert any("field 'reasoning' (reasoning) holds None" in record["reason"] for record in bad)
 
 
-def test_long_traces_stop_the_run_or_are_skipped(jsonl: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_long_traces_stop_the_run_or_are_skipped(jsonl: Path, model: Path, tmp_path: Path, salience) -> None:
     path = tmp_path / "long.jsonl"
     rows = traces(6)
     rows[2]["reasoning"] *= 9
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [*base(path, model, tmp_path / "o.jsonl"), "--ratio", 0.5]
-    code, _, err = run(capsys, *command)
+    code, _, err = salience(*command)
     assert code == 3 and "long.jsonl at " in err and "the model reads 512" in err and not list(tmp_path.glob("o.*"))
-    code, told, err = run(capsys, *command, "--skip-long")
+    code, told, err = salience(*command, "--skip-long")
     assert code == 0 and "5 refined + 0 unchanged + 1 skipped" in told and "longer than the model reads" in err
     kept = [json.loads(line)["reasoning"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert kept[2] == rows[2]["reasoning"]
 
 
-def test_a_dry_run_writes_nothing_and_needs_no_model(jsonl: Path, tmp_path: Path, capsys) -> None:
-    code, told, _ = run(
-        capsys, *base(jsonl, tmp_path / "none", tmp_path / "o.jsonl"), "--dry-run", "--json", "--ratio", 0.5
+def test_a_dry_run_writes_nothing_and_needs_no_model(jsonl: Path, tmp_path: Path, salience) -> None:
+    code, told, _ = salience(
+        *base(jsonl, tmp_path / "none", tmp_path / "o.jsonl"), "--dry-run", "--json", "--ratio", 0.5
     )
     plan = json.loads(told)
     assert code == 0 and plan["traces"] == 12 and plan["steps"]["verification"] == 36
@@ -269,18 +259,18 @@ def test_a_dry_run_writes_nothing_and_needs_no_model(jsonl: Path, tmp_path: Path
 
 
 def test_nothing_is_replaced_unasked_and_nothing_is_left_of_a_failure(
-    jsonl: Path, model: Path, tmp_path: Path, capsys
+    jsonl: Path, model: Path, tmp_path: Path, salience
 ) -> None:
     command = [*base(jsonl, model, tmp_path / "o.jsonl"), "--ratio", 0.5]
-    code, _, err = run(capsys, *base(jsonl, model, tmp_path / "o.jsonl"), "--ratio", 0.1)
+    code, _, err = salience(*base(jsonl, model, tmp_path / "o.jsonl"), "--ratio", 0.1)
     assert (
         code == 4 and "nothing is removed at ratio 0.1: no trace has 10 steps" in err and not list(tmp_path.iterdir())
     )
-    assert run(capsys, *command)[0] == 0
-    code, _, err = run(capsys, *command)
+    assert salience(*command)[0] == 0
+    code, _, err = salience(*command)
     assert code == 2 and "--overwrite" in err
-    assert run(capsys, *command, "--overwrite")[0] == 0
-    assert run(capsys, "refine", "traces", jsonl, "--model", model, "-o", jsonl, "--overwrite")[0] == 2
+    assert salience(*command, "--overwrite")[0] == 0
+    assert salience("refine", "traces", jsonl, "--model", model, "-o", jsonl, "--overwrite")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -293,20 +283,20 @@ def test_nothing_is_replaced_unasked_and_nothing_is_left_of_a_failure(
         (["--reasoning", "thoughts"], 3, "field 'thoughts'"),
     ],
 )  # fmt: skip
-def test_bad_options(jsonl: Path, model: Path, tmp_path: Path, capsys, extra: list, code: int, told: str) -> None:
-    got, _, err = run(capsys, *base(jsonl, model, tmp_path / "o.jsonl"), *extra)
+def test_bad_options(jsonl: Path, model: Path, tmp_path: Path, salience, extra: list, code: int, told: str) -> None:
+    got, _, err = salience(*base(jsonl, model, tmp_path / "o.jsonl"), *extra)
     assert got == code and told in err, err
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_cannot_hold_the_result(jsonl: Path, model: Path, tmp_path: Path, capsys) -> None:
+def test_outputs_that_cannot_hold_the_result(jsonl: Path, model: Path, tmp_path: Path, salience) -> None:
     csv = tmp_path / "t.csv"
     csv.write_text('question,reasoning,answer\n1?,"It is 3. Wait, it is 4. Wait, it is 5.",5\n')
-    code, _, err = run(capsys, *base(csv, model, tmp_path / "o.csv"))
+    code, _, err = salience(*base(csv, model, tmp_path / "o.csv"))
     assert code == 2 and "must end in .jsonl or .parquet" in err
-    code, _, err = run(capsys, *base(jsonl, model, tmp_path / "o.parquet"))
+    code, _, err = salience(*base(jsonl, model, tmp_path / "o.parquet"))
     assert code == 2 and "cannot take jsonl records" in err
-    code, told, err = run(capsys, *base(csv, model, tmp_path / "o.jsonl"), "--ratio", 0.5)
+    code, told, err = salience(*base(csv, model, tmp_path / "o.jsonl"), "--ratio", 0.5)
     assert code == 0 and "too few traces" in told, err
 
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import salience
-from salience.cli import main
 from salience.io import Corpus, verify_output
 from stores import put_tree, tree
 
@@ -48,15 +47,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+def run(folder: Path, salience):
+    return salience
 
 
 def test_the_rows_of_a_local_run(run, folder: Path, store: str) -> None:

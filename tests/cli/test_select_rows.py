@@ -13,24 +13,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from salience.cli import main
 from salience.data import select_rows
 from salience.data.row_proof import prove_rows
 from salience.errors import DataError, InputError
 from salience.scores import Scores
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of one command."""
-    sys.argv = ["salience", *map(str, arguments)]
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(autouse=True)
@@ -59,10 +45,10 @@ def table(tmp_path: Path) -> Path:
 BASE = ("--label", "kind", "--ignore", "code", "-n", 40)
 
 
-def test_rows_are_chosen_measured_and_written(table: Path, tmp_path: Path, capsys) -> None:
+def test_rows_are_chosen_measured_and_written(table: Path, tmp_path: Path, salience) -> None:
     out = tmp_path / "chosen.csv"
     command = ("select", "rows", table, *BASE, "--quality", "grade", "-o", out)
-    code, told, err = run(capsys, *command)
+    code, told, err = salience(*command)
     assert code == 0, err
     assert re.match(r"(Better than|No better than|Worse than) random.*: accuracy .* for random of equal size", told)
     assert "k-means medoids" in told and "400 rows read = 40 selected + 260 not selected + 100 held out" in told
@@ -76,10 +62,10 @@ def test_rows_are_chosen_measured_and_written(table: Path, tmp_path: Path, capsy
     manifest = json.loads(Path(f"{out}.manifest.json").read_text())
     assert set(manifest["files"]) == {"chosen.csv", "chosen.csv.scores.parquet", "chosen.csv.report.html"}
     before = out.read_bytes()
-    code, _, err = run(capsys, *command)
+    code, _, err = salience(*command)
     assert code == 2 and "--overwrite" in err
-    assert run(capsys, *command, "--overwrite")[0] == 0 and out.read_bytes() == before
-    result = json.loads(run(capsys, *command, "--overwrite", "--json", "--seed", 1)[1])
+    assert salience(*command, "--overwrite")[0] == 0 and out.read_bytes() == before
+    result = json.loads(salience(*command, "--overwrite", "--json", "--seed", 1)[1])
     assert result["selected"] == 40 and out.read_bytes() != before
     grades = pd.read_csv(out)["grade"]
     assert (grades == 6).mean() > 0.9  # 60 % of all rows
@@ -105,21 +91,21 @@ def test_held_out_rows_decide_nothing() -> None:
     assert whole.proof is None and len(whole.scores) == 400
 
 
-def test_without_a_label_coverage_is_measured(table: Path, tmp_path: Path, capsys) -> None:
-    code, told, err = run(capsys, "select", "rows", table, "--ignore", "code", "--ignore", "kind", "--fraction", 0.1,
+def test_without_a_label_coverage_is_measured(table: Path, tmp_path: Path, salience) -> None:
+    code, told, err = salience("select", "rows", table, "--ignore", "code", "--ignore", "kind", "--fraction", 0.1,
                           "-o", tmp_path / "c.csv", "--method", "medoids,kmq")  # fmt: skip
     assert code == 0, err
     assert told.startswith("Better than random: held-out rows lie") and "kmq" in told
 
 
-def test_scores_of_any_method_choose_and_combine_by_rank(table: Path, tmp_path: Path, capsys) -> None:
+def test_scores_of_any_method_choose_and_combine_by_rank(table: Path, tmp_path: Path, salience) -> None:
     """Crossing: Scores in, of one method or of two; classes keep their shares."""
     base = ("select", "rows", table, *BASE, "--hold-out", 0)
-    assert run(capsys, *base, "-o", tmp_path / "a.csv", "--quality", "grade")[0] == 0
-    assert run(capsys, *base, "-o", tmp_path / "b.csv", "--method", "random")[0] == 0
+    assert salience(*base, "-o", tmp_path / "a.csv", "--quality", "grade")[0] == 0
+    assert salience(*base, "-o", tmp_path / "b.csv", "--method", "random")[0] == 0
     parts = [Scores.load(tmp_path / f"{name}.csv.scores.parquet") for name in "ab"]
     files = [tmp_path / f"{name}.csv.scores.parquet" for name in "ab"]
-    code, _, err = run(capsys, *base[:3], "-n", 40, "--hold-out", 0, "--scores", files[0], "--scores", files[1],
+    code, _, err = salience(*base[:3], "-n", 40, "--hold-out", 0, "--scores", files[0], "--scores", files[1],
                        "-o", tmp_path / "both.csv")  # fmt: skip
     assert code == 0, err
     best = parts[0].combine(parts[1]).top(40)
@@ -146,18 +132,18 @@ def test_embeddings_from_a_matrix_and_a_column(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_parquet_in_and_out(tmp_path: Path, capsys) -> None:
+def test_parquet_in_and_out(tmp_path: Path, salience) -> None:
     people().to_parquet(tmp_path / "p.parquet")
     out = tmp_path / "c.parquet"
-    assert run(capsys, "select", "rows", tmp_path / "p.parquet", *BASE, "-o", out)[0] == 0
+    assert salience("select", "rows", tmp_path / "p.parquet", *BASE, "-o", out)[0] == 0
     assert pq.read_table(out).num_rows == 40 and pq.read_schema(out).names == list(people().columns)
 
 
-def test_rows_without_a_label_are_left_out_and_told(tmp_path: Path, capsys) -> None:
+def test_rows_without_a_label_are_left_out_and_told(tmp_path: Path, salience) -> None:
     frame = people()
     frame.loc[:9, "kind"] = None
     frame.to_csv(tmp_path / "p.csv", index=False)
-    code, told, err = run(capsys, "select", "rows", tmp_path / "p.csv", *BASE, "-o", tmp_path / "c.csv")
+    code, told, err = salience("select", "rows", tmp_path / "p.csv", *BASE, "-o", tmp_path / "c.csv")
     assert code == 0 and "10 rows without a label were left out" in err and "+ 10 without a label" in told
 
 
@@ -174,10 +160,10 @@ def test_the_proof_by_hand() -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("--graph", "ml_lsh", "--no-coverage")])
-def test_gais_measures_itself_and_its_scores_go_on(table: Path, tmp_path: Path, capsys, options) -> None:
+def test_gais_measures_itself_and_its_scores_go_on(table: Path, tmp_path: Path, salience, options) -> None:
     out = tmp_path / "gais.csv"
     base = ("select", "rows", table, *BASE)
-    code, told, err = run(capsys, *base, "--method", "gais,kmq", *options, "-o", out)
+    code, told, err = salience(*base, "--method", "gais,kmq", *options, "-o", out)
     assert code == 0, err
     assert re.match(r"(Better than|No better than|Worse than) random.*: accuracy .* for random of equal size", told)
     assert all(name in told for name in ("k-means medoids", "kmq", "1-nearest-neighbour", "40 selected"))
@@ -185,11 +171,11 @@ def test_gais_measures_itself_and_its_scores_go_on(table: Path, tmp_path: Path, 
     manifest = json.loads(Path(f"{out}.manifest.json").read_text())
     assert manifest["settings"]["graph"] == (options[1] if options else "minibatch")
     before = out.read_bytes()
-    assert run(capsys, *base, "--method", "gais", *options, "-o", out, "--overwrite")[0] == 0
+    assert salience(*base, "--method", "gais", *options, "-o", out, "--overwrite")[0] == 0
     assert out.read_bytes() == before
-    assert run(capsys, *base, "-o", tmp_path / "kmq.csv", "--quality", "grade")[0] == 0
+    assert salience(*base, "-o", tmp_path / "kmq.csv", "--quality", "grade")[0] == 0
     files = [Path(f"{tmp_path / name}.csv.scores.parquet") for name in ("gais", "kmq")]
-    code, _, err = run(capsys, *base, "--scores", files[0], "--scores", files[1], "-o", tmp_path / "both.csv")
+    code, _, err = salience(*base, "--scores", files[0], "--scores", files[1], "-o", tmp_path / "both.csv")
     assert code == 0, err
     ranks = Scores.load(files[0]).combine(Scores.load(files[1]))
     both = Scores.load(tmp_path / "both.csv.scores.parquet")
@@ -228,22 +214,22 @@ def test_gais_measures_itself_and_its_scores_go_on(table: Path, tmp_path: Path, 
         (("-n", 9, "--report", "out.pdf"), 2, "ends in .html"),
     ],
 )
-def test_bad_use(table: Path, tmp_path: Path, capsys, extra, code, words) -> None:
+def test_bad_use(table: Path, tmp_path: Path, salience, extra, code, words) -> None:
     out = tmp_path / "out.csv"
-    found, told, err = run(capsys, "select", "rows", table, "-o", out, *extra)
+    found, told, err = salience("select", "rows", table, "-o", out, *extra)
     assert found == code and re.search(words, err) and not told, err
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_files_that_cannot_be_used(tmp_path: Path, capsys) -> None:
+def test_files_that_cannot_be_used(tmp_path: Path, salience) -> None:
     empty = tmp_path / "empty.csv"
     empty.write_text("a,b\n")
     rest = ("-n", 3, "-o", tmp_path / "o.csv")
-    assert run(capsys, "select", "rows", empty, *rest)[0] == 4
-    assert run(capsys, "select", "rows", tmp_path / "none.csv", *rest)[0] == 2
+    assert salience("select", "rows", empty, *rest)[0] == 4
+    assert salience("select", "rows", tmp_path / "none.csv", *rest)[0] == 2
     constant = tmp_path / "constant.csv"
     constant.write_text("a,b\n" + "1,2\n" * 50)
-    code, _, err = run(capsys, "select", "rows", constant, *rest)
+    code, _, err = salience("select", "rows", constant, *rest)
     assert code == 3 and "every column is constant" in err
     other = Scores([1.0, 2.0], ["x", "y"], "sample")
     with pytest.raises(InputError, match="has no score"):
@@ -252,8 +238,8 @@ def test_files_that_cannot_be_used(tmp_path: Path, capsys) -> None:
         select_rows(people(), count=3, embeddings=np.ones((3, 2)))
 
 
-def test_a_dry_run_writes_nothing(table: Path, tmp_path: Path, capsys) -> None:
-    code, told, _ = run(capsys, "select", "rows", table, *BASE, "-o", tmp_path / "o.csv", "--dry-run")
+def test_a_dry_run_writes_nothing(table: Path, tmp_path: Path, salience) -> None:
+    code, told, _ = salience("select", "rows", table, *BASE, "-o", tmp_path / "o.csv", "--dry-run")
     assert code == 0 and "nothing was written" in told and not (tmp_path / "o.csv").exists()
 
 
@@ -274,7 +260,7 @@ def test_few_held_out_rows_measure_nothing() -> None:
     assert found.proof is None and "nothing was measured: 3 held-out rows are too few" in found.notes
 
 
-def test_no_input_and_no_earlier_file_is_replaced(table: Path, tmp_path: Path, capsys) -> None:
+def test_no_input_and_no_earlier_file_is_replaced(table: Path, tmp_path: Path, salience) -> None:
     scores, vectors = tmp_path / "s.parquet", tmp_path / "v.csv"
     Scores(np.arange(400.0), [f"people.csv:{i}" for i in range(400)], "sample").save(scores)
     np.save(tmp_path / "v.npy", np.ones((400, 2)))
@@ -290,25 +276,25 @@ def test_no_input_and_no_earlier_file_is_replaced(table: Path, tmp_path: Path, c
         (("-o", table, "--overwrite"), "output .* is the input"),
         (("-o", tmp_path / "o.csv"), "scores file .* exists; pass --overwrite"),
     ):
-        code, _, err = run(capsys, *base, *extra)
+        code, _, err = salience(*base, *extra)
         assert code == 2 and re.search(words, " ".join(err.split())), err
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    code, _, err = run(capsys, *base, "-o", tmp_path / "o.csv", "--overwrite", "--report", page)
+    code, _, err = salience(*base, "-o", tmp_path / "o.csv", "--overwrite", "--report", page)
     assert code == 0 and page.exists() and side.read_bytes() != before[side], err
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_report_of_its_own_name_stays_when_the_run_fails(tmp_path: Path, capsys) -> None:
+def test_a_report_of_its_own_name_stays_when_the_run_fails(tmp_path: Path, salience) -> None:
     frame = people()
     frame["raw"] = [b"\xff%d" % i for i in range(400)]
     frame.to_parquet(tmp_path / "p.parquet")
     page = tmp_path / "page.html"
     page.write_text("old")
     command = ("select", "rows", tmp_path / "p.parquet", "--ignore", "raw", "-n", 9, "--report", page, "--overwrite")
-    code, _, err = run(capsys, *command, "-o", tmp_path / "o.csv")
+    code, _, err = salience(*command, "-o", tmp_path / "o.csv")
     assert code == 2 and "column 'raw' holds binary, which cannot be written as .csv" in " ".join(err.split()), err
     assert page.read_text() == "old" and sorted(path.name for path in tmp_path.iterdir()) == ["p.parquet", "page.html"]
-    assert run(capsys, *command, "-o", tmp_path / "o.parquet")[0] == 0 and page.read_text() != "old"
+    assert salience(*command, "-o", tmp_path / "o.parquet")[0] == 0 and page.read_text() != "old"
 
 
 def test_missing_quality_is_told(recwarn) -> None:
@@ -319,8 +305,8 @@ def test_missing_quality_is_told(recwarn) -> None:
     assert [note for note in found.notes if "rows is missing; they count as the mean" in note] and not len(recwarn)
 
 
-def test_the_page_says_that_held_out_rows_were_too_few(tmp_path: Path, capsys) -> None:
+def test_the_page_says_that_held_out_rows_were_too_few(tmp_path: Path, salience) -> None:
     people(12).to_csv(tmp_path / "p.csv", index=False)
-    assert run(capsys, "select", "rows", tmp_path / "p.csv", "-n", 3, "-o", tmp_path / "o.csv")[0] == 0
+    assert salience("select", "rows", tmp_path / "p.csv", "-n", 3, "-o", tmp_path / "o.csv")[0] == 0
     page = (tmp_path / "o.csv.report.html").read_text()
     assert "3 held-out rows are too few" in page and "nothing was held out" not in page

@@ -12,22 +12,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from salience.cli import main
 from salience.data import select_stream
 from salience.scores import Scores
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of one command."""
-    sys.argv = ["salience", *map(str, arguments)]
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +45,9 @@ BASE = [
 ]  # fmt: skip
 
 
-def test_rounds_a_pool_and_the_proof_first(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_rounds_a_pool_and_the_proof_first(tables: list[Path], tmp_path: Path, salience) -> None:
     out = tmp_path / "chosen"
-    code, told, err = run(capsys, "select", "stream", *tables, *BASE, "--clusters", 3, "--pool-limit", 100, "-o", out)
+    code, told, err = salience("select", "stream", *tables, *BASE, "--clusters", 3, "--pool-limit", 100, "-o", out)
     assert code == 0, err
     first = told.splitlines()[0].lower()
     assert "random" in first and "accuracy" in first and "95 % interval" in first
@@ -79,12 +65,12 @@ def test_rounds_a_pool_and_the_proof_first(tables: list[Path], tmp_path: Path, c
     assert len(times) == 510 and times.values.sum() == 135 and times.ids[0].startswith("part0.parquet:")
     page = (out / "report.html").read_text()
     assert "Clusters of the last round" in page and "newest data set" in page
-    assert run(capsys, "verify", "output", out)[0] == 0
+    assert salience("verify", "output", out)[0] == 0
 
 
-def test_the_next_round_goes_on_with_the_pool(tables: list[Path], tmp_path: Path, capsys) -> None:
-    assert run(capsys, "select", "stream", tables[0], *BASE, "--pool-limit", 50, "-o", tmp_path / "one")[0] == 0
-    code, told, err = run(capsys, "select", "stream", tables[1], *BASE, "--pool", tmp_path / "one/pool.parquet",
+def test_the_next_round_goes_on_with_the_pool(tables: list[Path], tmp_path: Path, salience) -> None:
+    assert salience("select", "stream", tables[0], *BASE, "--pool-limit", 50, "-o", tmp_path / "one")[0] == 0
+    code, told, err = salience("select", "stream", tables[1], *BASE, "--pool", tmp_path / "one/pool.parquet",
                           "--clusters", 2, "-o", tmp_path / "two", "--json")  # fmt: skip
     found = json.loads(told)
     assert code == 0, err
@@ -93,12 +79,12 @@ def test_the_next_round_goes_on_with_the_pool(tables: list[Path], tmp_path: Path
     assert found["verdict"] == found["proof"]["verdict"]
 
 
-def test_without_scores_label_or_vectors_coverage_is_measured(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_without_scores_label_or_vectors_coverage_is_measured(tables: list[Path], tmp_path: Path, salience) -> None:
     frames = [pd.read_parquet(path)[["a", "b", "c", "skill"]] for path in tables]
     paths = [tmp_path / f"{number}.csv" for number in range(3)]
     for frame, path in zip(frames, paths):
         frame.to_csv(path, index=False)
-    code, told, err = run(capsys, "select", "stream", *paths, "-n", 30, "--clusters", 3, "-o", tmp_path / "out")
+    code, told, err = salience("select", "stream", *paths, "-n", 30, "--clusters", 3, "-o", tmp_path / "out")
     assert code == 0 and "held-out rows lie" in told and "drawn uniformly" in err
     found = select_stream(frames, 30, n_clusters=3)
     assert [step.chosen.tolist() for step in found.rounds] == [
@@ -106,32 +92,32 @@ def test_without_scores_label_or_vectors_coverage_is_measured(tables: list[Path]
     ]
 
 
-def test_gradient_vectors_alone_measure_nothing(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_gradient_vectors_alone_measure_nothing(tables: list[Path], tmp_path: Path, salience) -> None:
     slim = tmp_path / "slim.parquet"
     pd.read_parquet(tables[0])[["gradient", "nll", "outcome"]].to_parquet(slim)
-    code, told, _ = run(capsys, "select", "stream", slim, "--vectors", "gradient", "--score", "nll", "--label", "outcome",
+    code, told, _ = salience("select", "stream", slim, "--vectors", "gradient", "--score", "nll", "--label", "outcome",
                         "-n", 20, "-o", tmp_path / "out")  # fmt: skip
     assert code == 0 and told.startswith("Nothing was measured: gradient vectors know the label")
 
 
-def test_missing_vectors_and_labels_are_counted(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_missing_vectors_and_labels_are_counted(tables: list[Path], tmp_path: Path, salience) -> None:
     frame = pd.read_parquet(tables[2])
     frame.loc[3, "outcome"] = None
     frame.at[4, "gradient"] = None
     frame["nll"] = frame["nll"].where(frame.index != 5)
     frame.to_parquet(tmp_path / "gaps.parquet")
-    code, told, err = run(capsys, "select", "stream", tmp_path / "gaps.parquet", "--vectors", "gradient", "--score", "nll",
+    code, told, err = salience("select", "stream", tmp_path / "gaps.parquet", "--vectors", "gradient", "--score", "nll",
                           "--label", "outcome", "--ignore", "code", "-n", 5, "--hold-out", 0, "-o", tmp_path / "out")  # fmt: skip
     assert code == 0, err
     assert "40 rows read = 37 in the pool + 0 pruned + 2 without a vector or a score + 0 held out to measure on + 1 without a label" in told  # fmt: skip
     assert told.startswith("Nothing was held out")
 
 
-def test_a_dry_run_writes_nothing_and_an_output_is_never_replaced(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_a_dry_run_writes_nothing_and_an_output_is_never_replaced(tables: list[Path], tmp_path: Path, salience) -> None:
     command = ("select", "stream", *tables, *BASE, "-o", tmp_path / "out")
-    assert run(capsys, *command, "--dry-run", "--json")[0] == 0 and not list(tmp_path.iterdir())
-    assert run(capsys, *command)[0] == 0
-    code, _, err = run(capsys, *command)
+    assert salience(*command, "--dry-run", "--json")[0] == 0 and not list(tmp_path.iterdir())
+    assert salience(*command)[0] == 0
+    code, _, err = salience(*command)
     assert code == 2 and "--overwrite" in err
 
 
@@ -150,17 +136,17 @@ def test_a_dry_run_writes_nothing_and_an_output_is_never_replaced(tables: list[P
         (["-n", 5, "--pool", "nowhere.parquet"], 2, "nowhere.parquet"),
     ],
 )
-def test_bad_options_are_named(tables: list[Path], tmp_path: Path, capsys, extra: list, code: int, told: str) -> None:
-    found, _, err = run(capsys, "select", "stream", *tables, "-o", tmp_path / "out", *extra)
+def test_bad_options_are_named(tables: list[Path], tmp_path: Path, salience, extra: list, code: int, told: str) -> None:
+    found, _, err = salience("select", "stream", *tables, "-o", tmp_path / "out", *extra)
     assert found == code and told in err, err
     assert not (tmp_path / "out").exists()
 
 
-def test_vectors_of_two_lengths_and_a_set_given_twice(tables: list[Path], tmp_path: Path, capsys) -> None:
+def test_vectors_of_two_lengths_and_a_set_given_twice(tables: list[Path], tmp_path: Path, salience) -> None:
     frame = pd.read_parquet(tables[2])
     frame.at[0, "gradient"] = [1.0]
     frame.to_parquet(tmp_path / "odd.parquet")
-    code, _, err = run(capsys, "select", "stream", tmp_path / "odd.parquet", *BASE, "-o", tmp_path / "out")
+    code, _, err = salience("select", "stream", tmp_path / "odd.parquet", *BASE, "-o", tmp_path / "out")
     assert code == 3 and "vectors of one length" in err
-    code, _, err = run(capsys, "select", "stream", tables[0], tables[0], *BASE, "-o", tmp_path / "out")
+    code, _, err = salience("select", "stream", tables[0], tables[0], *BASE, "-o", tmp_path / "out")
     assert code == 2 and "given twice" in err

@@ -12,23 +12,9 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from salience.cli import main
 from salience.data import select_tasks
 from salience.errors import DataError, InputError, NothingToDo
 from salience.scores import Scores
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of one command."""
-    sys.argv = ["salience", *map(str, arguments)]
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +43,9 @@ def base(folder: Path) -> list[object]:
     return ["select", "tasks", *sorted(folder.glob("c*.csv")), "--target", folder / "target.csv", "--rank", 2]
 
 
-def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path: Path, capsys) -> None:
+def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path: Path, salience) -> None:
     out = tmp_path / "chosen"
-    code, told, err = run(capsys, *base(clinics), "-y", "stay", "-n", 400, "-o", out)
+    code, told, err = salience(*base(clinics), "-y", "stay", "-n", 400, "-o", out)
     assert code == 0, err
     first = told.splitlines()[0]
     assert first.startswith("L1 relevance is ") and "equal shares" in first and "target rows alone" in first
@@ -77,18 +63,18 @@ def test_the_plan_is_written_and_the_proof_printed_first(clinics: Path, tmp_path
     assert manifest["parameters"]["rank"] == 2 and len(manifest["inputs"]) == 9
 
 
-def test_the_same_seed_chooses_the_same_rows(clinics: Path, tmp_path: Path, capsys) -> None:
+def test_the_same_seed_chooses_the_same_rows(clinics: Path, tmp_path: Path, salience) -> None:
     tables = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert run(capsys, *base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / name, "--seed", seed)[0] == 0
+        assert salience(*base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / name, "--seed", seed)[0] == 0
         tables.append(pyarrow.parquet.read_table(tmp_path / name / "chosen.parquet"))
     assert tables[0].equals(tables[1]) and not tables[0].equals(tables[2])
 
 
-def test_labels_of_words_a_task_column_and_json(clinics: Path, tmp_path: Path, capsys) -> None:
+def test_labels_of_words_a_task_column_and_json(clinics: Path, tmp_path: Path, salience) -> None:
     whole = tmp_path / "all.csv"
     pd.concat([pd.read_csv(path) for path in clinics.glob("c*.csv")]).to_csv(whole, index=False)
-    code, told, err = run(capsys, "select", "tasks", whole, "--task", "clinic", "-t", clinics / "target.csv", "-y", "kind",
+    code, told, err = salience("select", "tasks", whole, "--task", "clinic", "-t", clinics / "target.csv", "-y", "kind",
                           "-n", 300, "--rank", 2, "-o", tmp_path / "out", "--json", "--strategy", "l2")  # fmt: skip
     found = json.loads(told)
     assert code == 0, err
@@ -97,32 +83,32 @@ def test_labels_of_words_a_task_column_and_json(clinics: Path, tmp_path: Path, c
     assert set(found["held_out"]) == {"l1", "l2", "passive", "alone"} and found["verdict"].startswith("L2 relevance")
 
 
-def test_prices_are_kept_within(clinics: Path, tmp_path: Path, capsys) -> None:
+def test_prices_are_kept_within(clinics: Path, tmp_path: Path, salience) -> None:
     prices = {f"c{n}.csv": 1 + n for n in range(8)}
     table = tmp_path / "prices.csv"
     table.write_text("task,cost\n" + "".join(f"{name},{price}\n" for name, price in prices.items()))
     command = (*base(clinics), "-y", "stay", "-n", 1500, "--costs", table, "--floor", 8, "-o", tmp_path / "out")
-    code, _, err = run(capsys, *command)
+    code, _, err = salience(*command)
     plan = pyarrow.csv.read_csv(tmp_path / "out" / "plan.csv").to_pylist()
     assert code == 0, err
     assert 1500 - 8 < sum(row["take"] * prices[row["task"]] for row in plan) <= 1500
     table.write_text("task,cost\nc0.csv,1\n")
-    assert "there is no price for task 'c1.csv'" in run(capsys, *command, "--overwrite")[2]
+    assert "there is no price for task 'c1.csv'" in salience(*command, "--overwrite")[2]
     table.write_text("task,cost\nc0.csv,0\n")
-    assert "a price above 0 is needed" in run(capsys, *command, "--overwrite")[2]
+    assert "a price above 0 is needed" in salience(*command, "--overwrite")[2]
 
 
-def test_a_dry_run_writes_nothing(clinics: Path, tmp_path: Path, capsys) -> None:
-    code, told, _ = run(capsys, *base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / "out", "--dry-run", "--json")
+def test_a_dry_run_writes_nothing(clinics: Path, tmp_path: Path, salience) -> None:
+    code, told, _ = salience(*base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / "out", "--dry-run", "--json")
     assert code == 0 and json.loads(told)["tasks"] == 8 and not list(tmp_path.iterdir())
 
 
-def test_an_output_is_never_replaced_unasked(clinics: Path, tmp_path: Path, capsys) -> None:
+def test_an_output_is_never_replaced_unasked(clinics: Path, tmp_path: Path, salience) -> None:
     command = (*base(clinics), "-y", "stay", "-n", 200, "-o", tmp_path / "out")
-    assert run(capsys, *command)[0] == 0
-    code, _, err = run(capsys, *command)
+    assert salience(*command)[0] == 0
+    code, _, err = salience(*command)
     assert code == 2 and "--overwrite" in err
-    assert run(capsys, *command, "--overwrite")[0] == 0
+    assert salience(*command, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -137,10 +123,10 @@ def test_an_output_is_never_replaced_unasked(clinics: Path, tmp_path: Path, caps
         (["-y", "kind", "-n", 200, "--positive", "lang"], 2, "is no class of 'kind' \\(nearest names: 'long'"),
     ],
 )
-def test_bad_options_are_named(clinics: Path, tmp_path: Path, capsys, extra: list, code: int, told: str) -> None:
+def test_bad_options_are_named(clinics: Path, tmp_path: Path, salience, extra: list, code: int, told: str) -> None:
     import re
 
-    got, _, err = run(capsys, *base(clinics), *extra, "-o", tmp_path / "out")
+    got, _, err = salience(*base(clinics), *extra, "-o", tmp_path / "out")
     assert got == code and re.search(told, err), err
     assert not list(tmp_path.iterdir())
 

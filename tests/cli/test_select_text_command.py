@@ -8,13 +8,13 @@ import os
 import random
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 import salience
-from salience.cli import main
 from salience.data import text_stages
 from salience.io import RecordWriter
 from salience.scores import Scores
@@ -75,15 +75,8 @@ SMALL = ["--buckets", "200", "--min-tokens", "5", "--smoothing", "1", "--workers
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "select", "text", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+def run(folder: Path, salience):
+    return partial(salience, "select", "text")
 
 
 def names(folder: Path) -> list[str]:

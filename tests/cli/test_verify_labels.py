@@ -11,21 +11,7 @@ import pandas as pd
 import pyarrow.csv
 import pytest
 
-from salience.cli import main
 from salience.scores import Scores
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, output and messages of one command."""
-    sys.argv = ["salience", *map(str, arguments)]
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 @pytest.fixture(autouse=True)
@@ -53,24 +39,24 @@ def posts(tmp_path: Path) -> Path:
 BASE = ("--gold", "hand", "--predicted", "llm", "--learner", "linear", "--splits", "2")
 
 
-def test_a_share_is_told_with_what_labels_are_worth(posts: Path, capsys) -> None:
-    code, out, err = run(capsys, "verify", "labels", posts, *BASE, "--assume-random")
+def test_a_share_is_told_with_what_labels_are_worth(posts: Path, salience) -> None:
+    code, out, err = salience("verify", "labels", posts, *BASE, "--assume-random")
     assert code == 0, err
     first = out.splitlines()[0]
     assert "the model's labels help" in first and "narrower than by gold labels alone" in first
     assert "agree with" in first and "share" in out and "600 rows read = 150 with gold labels + 450 without + 0" in out
 
 
-def test_noise_is_told_plainly(posts: Path, capsys) -> None:
-    _, out, _ = run(capsys, "verify", "labels", posts, "-g", "hand", "-p", "noise", "--assume-random", "--splits", "2",
+def test_noise_is_told_plainly(posts: Path, salience) -> None:
+    _, out, _ = salience("verify", "labels", posts, "-g", "hand", "-p", "noise", "--assume-random", "--splits", "2",
                     "--learner", "linear")  # fmt: skip
     assert "no better than none here" in out.splitlines()[0]
 
 
-def test_a_regression_is_written_with_its_page(posts: Path, tmp_path: Path, capsys) -> None:
+def test_a_regression_is_written_with_its_page(posts: Path, tmp_path: Path, salience) -> None:
     out = tmp_path / "estimates.csv"
     command = ("verify", "labels", posts, *BASE, "--prob", "chance", "--formula", "hand ~ length + topic", "-o", out)
-    code, told, _ = run(capsys, *command, "--json")
+    code, told, _ = salience(*command, "--json")
     result = json.loads(told)
     assert code == 0 and result["parts"][0]["n_labeled"] == 150
     rows = pyarrow.csv.read_csv(out).to_pylist()
@@ -81,19 +67,19 @@ def test_a_regression_is_written_with_its_page(posts: Path, tmp_path: Path, caps
     manifest = json.loads(Path(f"{out}.manifest.json").read_text())
     assert manifest["model"] == "logit" and "estimates.csv" in manifest["files"]
     before = out.read_bytes()
-    code, _, err = run(capsys, *command)
+    code, _, err = salience(*command)
     assert code == 2 and "--overwrite" in err and out.read_bytes() == before
-    assert run(capsys, *command, "--overwrite")[0] == 0 and out.read_bytes() == before
+    assert salience(*command, "--overwrite")[0] == 0 and out.read_bytes() == before
 
 
-def test_categories_each_in_turn(posts: Path, capsys) -> None:
+def test_categories_each_in_turn(posts: Path, salience) -> None:
     arguments = ("verify", "labels", posts, "-g", "stance", "-p", "guess", "--assume-random", "--splits", "1",
                  "--learner", "linear", "--json")  # fmt: skip
-    every = json.loads(run(capsys, *arguments)[1])
+    every = json.loads(salience(*arguments)[1])
     assert [part["what"] for part in every["parts"]] == ["stance = against", "stance = for", "stance = none"]
     shares = [part["estimates"][0]["coef"] for part in every["parts"]]
     assert sum(shares) == pytest.approx(1, abs=0.02)
-    one = json.loads(run(capsys, *arguments, "--category", "for")[1])
+    one = json.loads(salience(*arguments, "--category", "for")[1])
     assert [part["what"] for part in one["parts"]] == ["stance = for"]
 
 
@@ -113,25 +99,25 @@ def test_categories_each_in_turn(posts: Path, capsys) -> None:
         (("--assume-random", "--report", "out.pdf"), 2, "ends in .html"),
     ],
 )
-def test_bad_use(posts: Path, capsys, extra, code, words) -> None:
+def test_bad_use(posts: Path, salience, extra, code, words) -> None:
     import re
 
-    found, out, err = run(capsys, "verify", "labels", posts, *BASE, *extra)
+    found, out, err = salience("verify", "labels", posts, *BASE, *extra)
     assert found == code and re.search(words, err) and len(err.splitlines()) == 1 and not out
 
 
-def test_files_that_cannot_be_used(tmp_path: Path, capsys) -> None:
+def test_files_that_cannot_be_used(tmp_path: Path, salience) -> None:
     empty = tmp_path / "empty.csv"
     empty.write_text("hand,llm\n")
-    assert run(capsys, "verify", "labels", empty, *BASE, "--assume-random")[0] == 4
-    assert run(capsys, "verify", "labels", tmp_path / "none.csv", *BASE, "--assume-random")[0] == 2
+    assert salience("verify", "labels", empty, *BASE, "--assume-random")[0] == 4
+    assert salience("verify", "labels", tmp_path / "none.csv", *BASE, "--assume-random")[0] == 2
     torn = tmp_path / "torn.parquet"
     torn.write_bytes(b"PAR1 and no more")
-    code, _, err = run(capsys, "verify", "labels", torn, *BASE, "--assume-random")
+    code, _, err = salience("verify", "labels", torn, *BASE, "--assume-random")
     assert code == 3 and "cannot be read" in err
     ragged = tmp_path / "ragged.csv"
     ragged.write_text("hand,llm\n1,2\n1,2,3\n")
-    assert run(capsys, "verify", "labels", ragged, *BASE, "--assume-random")[0] == 3
+    assert salience("verify", "labels", ragged, *BASE, "--assume-random")[0] == 3
 
 
 @pytest.fixture
@@ -146,10 +132,10 @@ def patients(tmp_path: Path) -> Path:
     return tmp_path / "patients.csv"
 
 
-def test_a_table_is_explained_and_measured(patients: Path, tmp_path: Path, capsys) -> None:
+def test_a_table_is_explained_and_measured(patients: Path, tmp_path: Path, salience) -> None:
     out = tmp_path / "columns.parquet"
     command = ("explain", "table", patients, "--label", "state", "-o", out)
-    code, told, err = run(capsys, *command)
+    code, told, err = salience(*command)
     assert code == 0, err
     assert told.startswith("A better surrogate than on random columns: on 90 held-out rows")
     assert "most important first: gene3" in told and "THEN ill" in told and "F statistic" in told
@@ -157,8 +143,8 @@ def test_a_table_is_explained_and_measured(patients: Path, tmp_path: Path, capsy
     assert set(scores.top(2).ids) == {"gene3", "gene7"} and scores.unit == "feature" and len(scores) == 22
     page = Path(f"{out}.report.html").read_text()
     assert "<b>east" not in page and "gene3" in page
-    assert run(capsys, *command)[0] == 2
-    result = json.loads(run(capsys, *command, "--overwrite", "--json", "--ignore", "ward", "-k", 2)[1])
+    assert salience(*command)[0] == 2
+    result = json.loads(salience(*command, "--overwrite", "--json", "--ignore", "ward", "-k", 2)[1])
     assert result["better"] and set(result["columns"]) == {"gene3", "gene7"} and len(Scores.load(out)) == 20
 
 
@@ -176,8 +162,8 @@ def test_a_table_is_explained_and_measured(patients: Path, tmp_path: Path, capsy
         (("--label", "state", "--ignore", "nothing"), 2, "ignored column"),
     ],
 )
-def test_bad_use_of_explain_table(patients: Path, capsys, extra, code, words) -> None:
-    found, out, err = run(capsys, "explain", "table", patients, *extra)
+def test_bad_use_of_explain_table(patients: Path, salience, extra, code, words) -> None:
+    found, out, err = salience("explain", "table", patients, *extra)
     assert found == code and words in err and not out
 
 

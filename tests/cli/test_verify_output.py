@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from salience.cli import main
 from salience.io import Output
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, salience):
     monkeypatch.chdir(tmp_path)
     with Output(tmp_path / "out", folder=True) as output:
         output.file("a\x1b[31m.txt").write_text("x")
         output.file("b.txt").write_text("x")
         output.commit({})
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", "verify", "output", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        return int(stopped.value.code or 0), captured.out, captured.err
-
-    return run
+    return partial(salience, "verify", "output")
 
 
 def test_an_output_as_it_was_written(run) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_model
 
-from salience.cli import main
 from tiny import Plain, save
 
 
@@ -36,13 +34,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def run(folder: Path, salience):
     def run(*arguments: str, verb: str = "verify") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["salience", verb, "saliency", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
+        return salience(verb, "saliency", *arguments)
 
     return run
 
