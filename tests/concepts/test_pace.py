@@ -488,6 +488,8 @@ def test_a_perturbation_follows_from_seed_and_row():
     twins = perturb(images, random_state=3)
     assert twins.shape == images.shape and float(twins.min()) >= 0 and float(twins.max()) <= 1
     torch.testing.assert_close(perturb(images[:2], random_state=3), twins[:2])
+    torch.testing.assert_close(perturb(images[2:], random_state=3, first_row=2), twins[2:])
+    assert perturb(images[:, :1]).shape == (4, 1, 16, 20)
     assert not torch.equal(perturb(images, random_state=4), twins)
     nothing = {"flip": 0, "crop": (1, 1), "jitter": 0, "grey": 0, "blur": False}
     square = images[..., :16]
@@ -610,7 +612,7 @@ def test_what_the_fitted_and_the_measures_refuse():
         (lambda: desiderata(theta, classes, 0 * theta, classes, theta), DataError, "image 0"),
         (lambda: desiderata(theta[0], classes, theta, classes, theta), InputError, "matrix"),
         (lambda: perturb(images * 2), InputError, "before normalising"),
-        (lambda: perturb(images[:, :1]), InputError, "3, height"),
+        (lambda: perturb(images[:, :2]), InputError, "3 or 1"),
         (lambda: perturb(images, crop=(0, 1)), InputError, "crop"),
     ]  # fmt: skip
     for call, error, said in cases:

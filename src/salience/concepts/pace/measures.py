@@ -52,6 +52,14 @@ def desiderata(
     Source: section 2 and Tables 1 and 2 of arXiv 2406.12649. The others of its five desiderata are no measurements:
     whether an explanation has several levels, and k itself.
     """
+    found = per_image(theta_train, pred_train, theta_test, pred_test, theta_aug)
+    return {name: float(values.mean()) for name, values in found.items()}
+
+
+def per_image(
+    theta_train: Theta, pred_train: Any, theta_test: Theta, pred_test: Any, theta_aug: Theta
+) -> dict[str, Float[np.ndarray, " m"]]:
+    """The measures of `desiderata` of each test image, to compare methods pair by pair."""
     train, test, aug = (_vectors(*pair) for pair in (
         ("theta_train", theta_train), ("theta_test", theta_test), ("theta_aug", theta_aug)))  # fmt: skip
     classes = [np.asarray(torch.as_tensor(p).cpu()).ravel() for p in (pred_train, pred_test)]
@@ -65,9 +73,9 @@ def desiderata(
         raise DataError(f"theta_test: image {int(np.flatnonzero(size == 0)[0])} holds no concept at all")
     regression = LogisticRegression(max_iter=2000).fit(train, classes[0])
     return {
-        "faithfulness": float(regression.score(test, classes[1])),
-        "stability": float((np.linalg.norm(test - aug, axis=1) / size).mean()),
-        "sparsity": float((test / test.sum(1, keepdims=True) < 0.1 / test.shape[1]).mean()),
+        "faithfulness": (regression.predict(test) == classes[1]).astype(np.float64),
+        "stability": np.linalg.norm(test - aug, axis=1) / size,
+        "sparsity": (test / test.sum(1, keepdims=True) < 0.1 / test.shape[1]).mean(1),
     }
 
 
@@ -81,7 +89,7 @@ def _vectors(name: str, value: Any) -> Float[np.ndarray, "m k"]:
 
 
 def perturb(
-    images: Float[Tensor, "m 3 height width"],
+    images: Float[Tensor, "m channel height width"],
     *,
     random_state: int = 0,
     flip: float = 0.5,
@@ -89,7 +97,8 @@ def perturb(
     jitter: float = 1.0,
     grey: float = 0.2,
     blur: bool = True,
-) -> Float[Tensor, "m 3 height width"]:
+    first_row: int = 0,
+) -> Float[Tensor, "m channel height width"]:
     """Perturbed twins of images, as contrastive learning makes them.
 
     In this order: a mirrored image; a crop enlarged to the image's size; with probability 0.8 brightness, contrast and
@@ -98,8 +107,8 @@ def perturb(
 
     Parameters
     ----------
-    images : Tensor (m, 3, height, width)
-        Colours from 0 to 1, not normalised.
+    images : Tensor (m, 3 or 1, height, width)
+        In colour or grey, from 0 to 1, not normalised.
     random_state : int
         What happens to an image follows from this number and its row.
     flip, grey : float
@@ -109,29 +118,32 @@ def perturb(
     jitter : float
         Strength of the colour jitter; 1 is as above, 0 none.
     blur : bool
+    first_row : int
+        Row of the first image, of data that come in parts.
 
     Returns
     -------
-    Tensor (m, 3, height, width)
+    Tensor
+        Of the shape of `images`.
 
     Raises
     ------
     InputError
-        Images that are not in colour from 0 to 1, or an option out of range.
+        Images that do not lie between 0 and 1, or an option out of range.
 
     Notes
     -----
     Source: Chen, Kornblith, Norouzi and Hinton, "A Simple Framework for Contrastive Learning of Visual
     Representations", ICML 2020, appendix A; section 2 of arXiv 2406.12649 for its use.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise InputError(f"images: must be floats (m, 3, height, width); got {images.dtype} {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
+        raise InputError(f"images: must be floats (m, 3 or 1, height, width); got {images.dtype} {tuple(images.shape)}")
     if len(images) and not (float(images.min()) >= 0 and float(images.max()) <= 1):
         raise InputError("images: colours must lie between 0 and 1; perturb before normalising")
     if not 0 < crop[0] <= crop[1] <= 1 or not 0 <= jitter <= 1 or not 0 <= flip <= 1 or not 0 <= grey <= 1:
         raise InputError(f"crop, jitter, flip and grey: got {crop}, {jitter}, {flip} and {grey}; they are shares of 1")
     twins = []
-    for row, image in enumerate(images):
+    for row, image in enumerate(images.expand(-1, 3, -1, -1), first_row):
         rng = np.random.default_rng([random_state, row])
         twin = _crop(image, rng, flip, crop)
         if rng.random() < 0.8:
@@ -139,7 +151,7 @@ def perturb(
         if rng.random() < grey:
             twin = _grey(twin).expand(3, -1, -1)
         twins.append(_blur(twin, rng.uniform(0.1, 2.0) * min(image.shape[1:]) / 224) if blur else twin)
-    return torch.stack(twins) if twins else images
+    return torch.stack(twins)[:, : images.shape[1]] if twins else images
 
 
 def _crop(image: Tensor, rng: np.random.Generator, flip: float, share: tuple[float, float]) -> Tensor:
