@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _SIDE = 48  # pixels of a patch in a strip
 _CONCEPTS, _IMAGES, _MAPS = 12, 6, 3  # on the page: concepts, images, and maps of an image
+_LEAST = 0.01  # of a concept in an image, to have a map
 
 
 def write_crops(folder: Output, found: PaceFound, images: ImageSet) -> None:
@@ -59,7 +60,8 @@ def write_page(
             "from an image's concepts alone. Stability: how far the concepts of an image move when it is mirrored, "
             "cropped, blurred and changed in colour, relative to their size; lower is better. Sparsity: share of "
             "concepts that an image hardly holds. K-means: histogram of hard clusters of the same patches. Differences "
-            "with 95 % intervals, above 0 where PACE is better.",
+            "with 95 % intervals, above 0 where PACE is better. Random concepts hardly move, whatever the image: all are "
+            "nearly even.",
             align=("left", *["right"] * 5),
         ),
         report.heading("The data set: concepts"),
@@ -76,7 +78,8 @@ def write_page(
         report.heading("Images and their patches"),
         report.figure(
             _images(found, chosen, images),
-            "Held-out images, the concepts that each holds most of, and where these are (brighter is surer). "
+            "Held-out images, the concepts that each holds most of, and where these are (brighter is surer; one that an image hardly holds has no "
+            "map). "
             + "; ".join(f"image {i + 1} is predicted as {class_name(int(found.predicted[row]), names)}"
                         for i, row in enumerate(chosen)) + ".",
         ),
@@ -127,8 +130,6 @@ def _gallery(found: PaceFound, shown: Sequence[int], speaks: list[str], images: 
 def _images(found: PaceFound, chosen: Sequence[int], images: ImageSet) -> Figure:
     from matplotlib.figure import Figure
 
-    from salience.cli._explain_saliency_page import overlay
-
     figure = Figure(figsize=(8.6, 1.5 * len(chosen)), layout="constrained")
     axes = figure.subplots(len(chosen), 2 + _MAPS, squeeze=False, width_ratios=(1, 1.4, *[1] * _MAPS))
     for place, (row, i) in enumerate(zip(axes, chosen, strict=True)):
@@ -140,13 +141,22 @@ def _images(found: PaceFound, chosen: Sequence[int], images: ImageSet) -> Figure
         row[1].set_xlim(0, 1)
         for bar, k in enumerate(top):
             row[1].text(0.02, len(top) - 1 - bar, f"concept {k}: {theta[k]:.0%}", fontsize=7, va="center")
-        for axis, k in zip(row[2:], top, strict=False):
+        for axis, k in zip(row[2:], (k for k in top if theta[k] >= _LEAST), strict=False):
             phi = found.explained.phi[i, :, k].cpu().numpy().reshape(found.grid)
             scale = picture.shape[0] // found.grid[0], picture.shape[1] // found.grid[1]
             large = np.kron(phi, np.ones(scale))
-            axis.imshow(overlay(picture[: large.shape[0], : large.shape[1]], large))
+            axis.imshow(_painted(picture[: large.shape[0], : large.shape[1]], large))
             axis.set_title(f"concept {k}", fontsize=7)
     return _bare(figure)
+
+
+def _painted(picture: np.ndarray, phi: np.ndarray) -> np.ndarray:
+    """The picture in grey, with a patch the more in colour the surer it shows the concept; from 0 to 1 in all maps."""
+    from matplotlib import colormaps
+
+    grey = picture.astype(np.float64).mean(2, keepdims=True).repeat(3, 2) / 255
+    opacity = 0.15 + 0.7 * phi[..., None]
+    return opacity * colormaps["inferno"](phi)[..., :3] + (1 - opacity) * grey
 
 
 def _bare(figure: Figure) -> Figure:
