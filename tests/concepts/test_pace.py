@@ -16,7 +16,7 @@ from sklearn.mixture import GaussianMixture
 
 from salience.concepts import PACE, desiderata, perturb, vit_tokens
 from salience.concepts.pace import variational as vb
-from salience.concepts.pace.estimator import _Sums
+from salience.concepts.pace.moments import Moments
 from salience.errors import DataError, InputError, NothingToDo
 from tiny import build, example, state_hash
 
@@ -110,7 +110,7 @@ def test_gamma_takes_attention_as_fractional_counts():
 
 def test_moments_are_numpys_with_attention_as_weights():
     x, _, gaussians, attention, phi, _ = random_state()
-    sums = _Sums(K, x)
+    sums = Moments(K, x)
     for rows in (slice(0, 2), slice(2, 5)):
         sums.add(x[rows], attention[rows], phi[rows], gaussians.log_density(x[rows]))
     emb, _, probs, _ = planted()
@@ -184,7 +184,7 @@ def climbed(printed: bool, seed: int) -> list[float]:
             values.append(float(vb.mixture_bound(vb.Local(phi, gamma), density, a, 0.1).sum()))
             gamma = vb.update_gamma(phi, a, 0.1)
             values.append(float(vb.mixture_bound(vb.Local(phi, gamma), density, a, 0.1).sum()))
-        sums = _Sums(K, x)
+        sums = Moments(K, x)
         sums.add(x, a, phi, density)
         model._move_gaussians(sums, reseed=False)
         values.append(float(vb.mixture_bound(vb.Local(phi, gamma), model._gaussians().log_density(x), a, 0.1).sum()))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from salience.concepts.pace import variational as vb
 from salience.concepts.pace.checks import Given, check_options, given
+from salience.concepts.pace.moments import Moments
 from salience.errors import InputError
 
 _START_PATCHES = 20_000  # that k-means begins on
@@ -209,12 +210,12 @@ class PACE(BaseEstimator):
         PaceExplanation
         """
         data = self._known(emb, attn, probs, emb_aug, attn_aug)
-        found = []
+        found, gaussians = [], self._gaussians()
         for rows in _blocks(data, self.batch_size):
             block = data.take(rows)
-            views = self._view(block, [self._even(block) for _ in _views(block)])
+            views = self._view(block, [self._even(block) for _ in _views(block)], gaussians)
             own = torch.zeros(len(block.emb), len(self.phibar_), dtype=torch.float64, device=data.emb.device)
-            found.append(self._local(views, block.probs, self.phibar_, own)[0])
+            found.append(self._local(views, block.probs, self.phibar_, own, gaussians)[0])
         gamma, phi = torch.cat([one.gamma for one in found]), torch.cat([one.phi for one in found])
         return PaceExplanation(gamma / gamma.sum(1, keepdim=True), gamma, phi)
 
@@ -318,13 +319,17 @@ class PACE(BaseEstimator):
         """Gamma of an image of which nothing is known but how much attention there is."""
         return self.alpha + (data.attn.sum(1, keepdim=True) / self.n_concepts).repeat(1, self.n_concepts)
 
-    def _view(self, block: Given, gammas: list[Tensor]) -> list[vb.Patches]:
-        gaussians = self._gaussians()
+    def _view(self, block: Given, gammas: list[Tensor], gaussians: vb.Gaussians) -> list[vb.Patches]:
         return [vb.Patches(gaussians.log_density(emb), attn, gamma)
                 for (emb, attn), gamma in zip(_views(block), gammas, strict=True)]  # fmt: skip
 
     def _local(
-        self, views: list[vb.Patches], probs: Tensor | None, others: Float[Tensor, "f k"], own: Float[Tensor, "m f"]
+        self,
+        views: list[vb.Patches],
+        probs: Tensor | None,
+        others: Float[Tensor, "f k"],
+        own: Float[Tensor, "m f"],
+        gaussians: vb.Gaussians,
     ) -> list[vb.Local]:
         """Phi and gamma of a block of images and of their twins."""
 
@@ -337,22 +342,23 @@ class PACE(BaseEstimator):
             pair = self.stability * vb.stability_pull(phibars[0], phibars[1], others, own, self.beta_)
             return pair if total is None else total + pair
 
-        printed = self._gaussians().log_det if self.printed_form else None
+        printed = gaussians.log_det if self.printed_form else None
         return vb.e_step(views, self.alpha, self.e_steps, pull, printed=printed)
 
-    def _pass(self, data: Given, gammas: list[Tensor], phibars: list[Tensor]) -> tuple[_Sums, Float[Tensor, " 3"]]:
+    def _pass(self, data: Given, gammas: list[Tensor], phibars: list[Tensor]) -> tuple[Moments, Float[Tensor, " 3"]]:
         """An E step over all images: `gammas` and `phibars` (m, k) of each view are brought up to date in place.
 
         Returns what the M step needs, and the three parts of the bound.
         """
-        sums, parts = _Sums(self.n_concepts, data.emb), torch.zeros(3, dtype=torch.float64, device=data.emb.device)
+        sums, parts = Moments(self.n_concepts, data.emb), torch.zeros(3, dtype=torch.float64, device=data.emb.device)
+        gaussians = self._gaussians()
         for rows in _blocks(data, self.batch_size):
             block = data.take(rows)
-            views = self._view(block, [gamma[rows] for gamma in gammas])
+            views = self._view(block, [gamma[rows] for gamma in gammas], gaussians)
             own = torch.zeros(len(block.emb), len(data.emb)).to(data.emb)
             own[torch.arange(len(own)), torch.arange(len(data.emb))[rows]] = -torch.inf
             others = phibars[0].clone()
-            found = self._local(views, block.probs, others, own)
+            found = self._local(views, block.probs, others, own, gaussians)
             for i, one in enumerate(found):
                 gammas[i][rows], phibars[i][rows] = one.gamma, one.phibar
             parts[0] += sum(vb.mixture_bound(one, view.log_density, view.attention, self.alpha).sum()
@@ -370,7 +376,7 @@ class PACE(BaseEstimator):
 
     # M step ---------------------------------------------------------------------------------------------------------
 
-    def _move_gaussians(self, sums: _Sums, *, reseed: bool) -> None:
+    def _move_gaussians(self, sums: Moments, *, reseed: bool) -> None:
         """``mu_k = sum phi a e / sum phi a``, and Sigma_k likewise; empty concepts to the worst-explained patches."""
         full = sums.counts >= sums.counts.sum() / sums.patches  # at least one patch of mean attention
         n = sums.counts[full, None]
@@ -400,29 +406,6 @@ class PACE(BaseEstimator):
                     chosen = ((phibar[rows] * self.beta_) @ phibar.T + own).softmax(1)
                     away += (phibar[rows] * (chosen @ phibar)).sum(0)
                 self.beta_ = self.beta_ + _ASCENT_RATE * ((phibar * phibars[1]).sum(0) - away) / m
-
-
-class _Sums:
-    """What the M step needs of all patches: counts, first and second moments of each concept, and the worst patches."""
-
-    def __init__(self, k: int, emb: Float[Tensor, "m j d"]) -> None:
-        d = emb.shape[2]
-        self.counts, self.first, self.second = (torch.zeros(k, *more).to(emb) for more in ((), (d,), (d, d)))
-        self.worst, self.patches = emb.new_zeros(0, d), emb.shape[0] * emb.shape[1]
-        self._scores = emb.new_zeros(0)
-
-    def add(self, emb: Tensor, attn: Tensor, phi: Tensor, log_density: Tensor) -> None:
-        """Count the patches of a block of images in."""
-        x, weights = emb.flatten(0, 1), (phi * attn[..., None]).flatten(0, 1)
-        self.counts += weights.sum(0)
-        self.first += weights.T @ x
-        for k in range(weights.shape[1]):
-            self.second[k] += (x * weights[:, k : k + 1]).T @ x
-        # Patches of more than mean attention: one that counts nothing would leave the concept empty.
-        seen = (attn >= attn.mean(1, keepdim=True)).flatten()
-        scores = torch.cat([self._scores, log_density.amax(2).flatten()[seen]])
-        self._scores, chosen = scores.topk(min(len(self.counts), len(scores)), largest=False)
-        self.worst = torch.cat([self.worst, x[seen]])[chosen]
 
 
 def _views(data: Given) -> list[tuple[Tensor, Tensor]]:

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from salience.concepts.craft.explain import spread
 from salience.concepts.pace.estimator import PACE, PaceExplanation
 from salience.concepts.pace.measures import per_image, perturb
 from salience.concepts.pace.tokens import PatchTokens, vit_tokens
@@ -152,9 +153,8 @@ def explain_images(
             raise NothingToDo(
                 f"images: {len(rows)} are left; {FEWEST} at least are needed to find and measure concepts"
             )
-        out = np.unique(np.linspace(0, len(rows) - 1, round(HELD_OUT * len(rows))).round().astype(int))
-        learned, measured = np.delete(rows, out), rows[out][: max(measure, 2)] if len(out) <= measure else rows[
-            out[np.unique(np.linspace(0, len(out) - 1, measure).round().astype(int))]]  # fmt: skip
+        out = spread(len(rows), round(HELD_OUT * len(rows)))
+        learned, measured = np.delete(rows, out), rows[out][spread(len(out), max(2, measure))]
         twins = _tokens(model, _Twins(images, random_state), layer, batch_size)
         tell("patches", 1, 2)
         device = device_of(model)
@@ -200,8 +200,8 @@ def _grid(patches: int, height: int, width: int) -> tuple[int, int]:
     side = math.sqrt(height * width / patches)
     rows, columns = round(height / side), round(width / side)
     if rows * columns != patches:
-        raise InputError(f"model: has {patches} patches for images of {height} x {width} pixels, which no grid of squares "
-                         "covers")  # fmt: skip
+        raise InputError(f"model: has {patches} patches for images of {height} x {width} pixels, which is no grid of "
+                         "squares")  # fmt: skip
     return rows, columns
 
 
@@ -222,8 +222,10 @@ def _prove(
                         for c in range(k)], 1) for one in x]  # fmt: skip
     own = [pace.transform(*train), explained.theta, pace.transform(*aug)]
     patches = train.emb.shape[1]
-    draws = [per_image(*_with(predicted, [rng.multinomial(patches, np.full(k, 1 / k), len(one)) / patches for one in x]))
-             for _ in range(DRAWS)]  # fmt: skip
+    draws = []
+    for _ in range(DRAWS):
+        vectors = [rng.multinomial(patches, np.full(k, 1 / k), len(one)) / patches for one in x]
+        draws.append(per_image(*_with(predicted, vectors)))
     values = {"PACE": per_image(*_with(predicted, own)), "k-means": per_image(*_with(predicted, shares))}
     signs = {"faithfulness": 1, "stability": -1, "sparsity": 1}
     over_random = {name: difference_over_draws(sign * values["PACE"][name], [sign * one[name] for one in draws],
