@@ -102,7 +102,7 @@ def reproduce(run: Run) -> Outcome:
             Control("the prediction written down", "fake",
                     dict.fromkeys(("faithfulness", "faithfulness, predictions shuffled"), 1.0)),
             Control("attention that sums to 1", "fake", gap["attention of 1"]),
-            Control("the patch attended to most", "fake", {"stability": figures["stability, one patch"]}),
+            Control("patches drawn by attention", "fake", {"stability": figures["stability, drawn patches"]}),
             Control("place in the image", "fake", {"purity": figures["purity, place"]}),
             Control("update as printed", "fake", {"largest fall of the bound": falls["printed"]}),
             *([] if run.smoke else [Control("twins of other images", "fake", {on: pairs["other twins"]})]),
@@ -255,7 +255,7 @@ def baselines(model: PACE, world: World, run: Run) -> dict[str, list[Any]]:
     """Other vectors of the same images, and fakes: training, test and perturbed test images."""
     least = world.train.emb.flatten(0, 1).amin(0)
     nmf = NMFConcepts(n_concepts=CONCEPTS).fit(nonnegative(world.train.emb, least)[::4].contiguous())
-    rng = run.rng("random concepts")
+    rng, generator = run.rng("random concepts"), run.generator("drawn patches")
     own = [model.transform(*part) for part in world.parts]
     flat = PACE(**{**model.get_params(), "attention_scale": 1.0}).fit(*world.train)
     return {
@@ -266,14 +266,14 @@ def baselines(model: PACE, world: World, run: Run) -> dict[str, list[Any]]:
                    for part in world.parts],
         "another image": [theta[torch.from_numpy(rng.permutation(len(theta)))] for theta in own],
         "attention of 1": [flat.transform(*part) for part in world.parts],
-        "one patch": [one_patch(model, part) for part in world.parts],
+        "drawn patches": [drawn_patches(model, part, generator) for part in world.parts],
     }  # fmt: skip
 
 
-def one_patch(model: PACE, part: PatchTokens) -> Tensor:
-    """The concepts of the single patch that is attended to most: attention as a choice instead of a count."""
-    phi = model.explain(*part).phi
-    return phi[torch.arange(len(phi)), part.attn.argmax(1)]
+def drawn_patches(model: PACE, part: PatchTokens, generator: torch.Generator) -> Tensor:
+    """The concepts of eight patches that attention draws: a chance where PACE has a count."""
+    phi, drawn = model.explain(*part).phi, torch.multinomial(part.attn, 8, generator=generator)
+    return torch.stack([one[rows].mean(0) for one, rows in zip(phi, drawn, strict=True)])
 
 
 def suffix(name: str) -> str:

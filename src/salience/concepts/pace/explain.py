@@ -61,9 +61,11 @@ class PaceProof:
         text = f"from its concepts alone, {share:.0%} of the model's predictions can be told"
         ahead = [name for name, gain in self.over_kmeans.items() if gain.low > 0]
         behind = [name for name, gain in self.over_kmeans.items() if gain.high < 0]
-        told = [f"better than a k-means histogram in {' and '.join(ahead)}"] if ahead else []
-        told += [f"worse in {' and '.join(behind)}" if ahead else f"worse than a k-means histogram in "
-                 f"{' and '.join(behind)}"] if behind else []  # fmt: skip
+        told = []
+        if ahead:
+            told.append(f"better than a k-means histogram in {' and '.join(ahead)}")
+        if behind:
+            told.append(f"worse {'' if ahead else 'than a k-means histogram '}in {' and '.join(behind)}")
         return f"{text}; {', '.join(told) or 'no better than a k-means histogram'}"
 
 
