@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from functools import partial
@@ -155,6 +156,104 @@ def test_a_class_that_is_never_predicted(run, folder):
     assert names(folder) == ["images", "net.safetensors"]
 
 
+# Holistic concepts --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoencoder that hardly learns, as it is fitted five times in every comparison."""
+    from salience.concepts import SAEConcepts
+    from salience.concepts.holistic import explain
+
+    monkeypatch.setitem(explain.EXTRACTORS, "sae", functools.partial(SAEConcepts, steps=30))
+
+
+HOLISTIC = [*NET, "--method", "holistic-concepts", "--concepts", "3", "--measure", "6"]
+
+
+def test_holistic_concepts_of_a_pair(run, folder, quick):
+    code, out, err = run(*HOLISTIC, "--class", "cat", "--class", "<dog>", "--clusters", "3")
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("cat: ") and "random orders" in lines[0] and lines[1].startswith("<dog>: ")
+    assert "strategies of 48 images" in out and "strategy 3" in out
+    tensors = load_file(folder / "found" / "concepts.safetensors")
+    assert tensors["dictionary"].shape == (3, 6) and tensors["importance"].shape == (48, 3)
+    assert sorted(tensors["rows"].tolist()) == list(range(48)) and set(tensors["strategy"].tolist()) == {0, 1, 2}
+    rows = [json.loads(line) for line in open(folder / "found" / "concepts.jsonl", encoding="utf-8")]
+    assert [row["place"] for row in rows] == [1, 2, 3, 1, 2, 3] and rows[0]["name"] == "cat"
+    assert all(row["low"] <= row["importance"] <= row["high"] for row in rows)
+    strategies = [json.loads(line) for line in open(folder / "found" / "strategies.jsonl", encoding="utf-8")]
+    assert sum(each["images"] for each in strategies) == 48 == sum(len(each["ids"]) for each in strategies)
+    assert sum(each["labelled"]["cat"] for each in strategies) == 24
+    measures = json.loads((folder / "found" / "measures.json").read_text())
+    assert measures["extractors"]["k-means"]["sparsity"] == pytest.approx(2 / 3) and not measures["notes"]
+    faithful = measures["classes"][0]["faithfulness"]
+    assert faithful["gradient_input"]["mu_fidelity"] > 0.99  # what follows "relu2" is linear
+    assert faithful["gradient_input"]["deletion"] <= min(each["deletion"] for each in faithful.values()) + 1e-4
+    page = (folder / "found" / "report.html").read_text(encoding="utf-8")
+    assert "Strategies behind" in page and "Extractors" in page and "labelled cat" in page and "<dog>" not in page
+    manifest = json.loads((folder / "found" / "manifest.json").read_text())
+    assert manifest["extractor"] == "nmf" and manifest["layer"] == "relu2" and "strategies.jsonl" in manifest["files"]
+    assert any(name.startswith("class1-concept") for name in names(folder / "found" / "crops"))
+
+
+@pytest.mark.parametrize("extractor, importance", [
+    ("k-means", "occlusion"), ("pca", "kernelshap"), ("semi-nmf", "rise"), ("sae", "sobol"), ("random", "integrated_gradients"),
+])  # fmt: skip
+def test_any_extractor_and_any_importance_and_the_same_seed_twice(run, folder, quick, extractor, importance):
+    texts = []
+    for out in ("a", "b"):
+        code, text, err = run(*NET[:-4], "-o", out, "--layer", "relu2", *HOLISTIC[6:], "--class", "1", "--extractor",
+                              extractor, "--importance", importance, "--seed", "3", "--json")  # fmt: skip
+        assert code == 0, err
+        texts.append(json.loads(text))
+    assert {**texts[0], "out": "", "report": ""} == {**texts[1], "out": "", "report": ""}
+    assert (texts[0]["extractor"], texts[0]["importance"], texts[0]["layer"]) == (extractor, importance, "relu2")
+    assert len(texts[0]["strategies"]) == 5 and importance in texts[0]["classes"][0]["faithfulness"]
+    assert (folder / "a" / "concepts.safetensors").read_bytes() == (folder / "b" / "concepts.safetensors").read_bytes()
+
+
+def test_a_layer_with_negative_values_leaves_nmf_out(run, folder, quick):
+    code, out, err = run(*HOLISTIC, "--class", "1", "--layer", "norm", "--extractor", "pca", "--json")
+    assert code == 0, err
+    assert json.loads(out)["extractors"]["nmf"] is None and "ReLU" in json.loads(out)["notes"][0]
+    code, _, err = run(*HOLISTIC, "--class", "1", "--layer", "norm", "--overwrite")
+    assert code == 3 and "ReLU" in err
+
+
+def test_a_layer_of_vectors_has_no_maps_and_alike_importances_one_strategy(run, folder, quick):
+    code, out, err = run(*HOLISTIC, "--class", "1", "--layer", "head", "--extractor", "pca", "--importance", "saliency")
+    assert code == 0 and "one strategy" in err and "strategy 1" in out and "strategy 2" not in out, err
+
+
+def test_a_dry_run_of_holistic_concepts(run, folder):
+    code, out, _ = run(*HOLISTIC, "--class", "cat", "--dry-run")
+    assert code == 0 and "nmf, 3 concepts" in out and "nothing was written" in out
+    code, out, _ = run(*HOLISTIC, "--class", "cat", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["importance"] == "gradient_input"
+    assert names(folder) == ["images", "net.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--extractor", "ica"], "'pca'"),
+        (["--importance", "lime"], "'rise'"),
+        (["--clusters", "0"], "--clusters"),
+        (["--clusters", "99"], "n_clusters"),
+        (["--concepts", "7"], "1..6"),
+        (["--patch-size", "8"], "belongs to --method craft"),
+        (["--method", "craft", "--extractor", "nmf"], "belongs to --method holistic-concepts"),
+    ],
+)
+def test_usage_of_holistic_concepts(run, folder, quick, more, said):
+    code, out, err = run(*HOLISTIC, "--class", "cat", *more)
+    assert code == 2 and said in err, err
+    assert len(err.strip().splitlines()) == 1 and not out
+    assert names(folder) == ["images", "net.safetensors"]
+
+
 # On real data -------------------------------------------------------------------------------------------------------
 
 DATA = Path(os.environ.get("SALIENCE_DATA", "nowhere"))
@@ -179,3 +278,26 @@ def test_concepts_of_a_pretrained_network_carry_its_classes(run, folder, monkeyp
         assert one["over_random"][1] > 0 and one["random_orders_beaten"] >= 0.8, one
         assert one["prediction_kept"] > 0.5 and one["concepts"][0]["effect"] > 0
         assert one["layer"] == "layer3" and list(one["parts"].values()) == ["layer2"]
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (DATA / "resnet20-cifar10" / "model.safetensors").exists(),
+    reason="SALIENCE_DATA names no folder with resnet20-cifar10/model.safetensors and cifar10/test.parquet",
+)
+def test_strategies_of_a_confused_pair(run, folder, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    code, out, err = run(
+        str(DATA / "resnet20-cifar10" / "model.safetensors"), str(DATA / "cifar10" / "test.parquet"), "-o", "found",
+        "--arch", "cifar_resnet20:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
+        "--limit", "1500", "--measure", "30", "--class", "3", "--class", "5", "--method", "holistic-concepts", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["layer"] == "layer3" and found["extractors"]["nmf"]["agreement"] > 0.9
+    assert found["extractors"]["random"]["relative_l2"] > found["extractors"]["nmf"]["relative_l2"]
+    for one in found["classes"]:
+        assert one["better_than_random"] and one["faithfulness"]["gradient_input"]["mu_fidelity"] > 0.99
+    right = [each["correct"] for each in found["strategies"]]
+    assert max(right) - min(right) > 0.1  # some strategies are worth more than others

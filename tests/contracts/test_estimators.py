@@ -111,6 +111,19 @@ FITS = {
     ),
 }
 
+# Concept extractors are fitted and asked alike; principal components draw nothing.
+ACTIVATIONS = torch.rand(60, 6, generator=torch.Generator().manual_seed(0))
+FITS |= {
+    f"salience.concepts:{name}Concepts": (
+        {"n_concepts": 3, **more},
+        lambda model: model.fit(ACTIVATIONS),
+        lambda model: (model.encode(ACTIVATIONS[:5]), model.components_.numpy())[1],
+    )
+    for name, more in {
+        "KMeans": {}, "PCA": {}, "NMF": {}, "SemiNMF": {}, "Random": {}, "SAE": {"steps": 20},
+    }.items()
+}  # fmt: skip
+
 
 def estimators() -> list[str]:
     found = ["salience.data:HeuristicClassifier"]  # a baseline: no row of its own in the catalogue

@@ -5,6 +5,7 @@ A function is one if a parameter of it is called `model`. Enter an example of it
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable
@@ -99,8 +100,25 @@ def samples() -> Any:
     return torch.utils.data.TensorDataset(images(), torch.arange(8) % 3)
 
 
+def probed(model: nn.Module) -> dict[str, Any]:
+    """Pictures of three colours and two brightnesses, which two channels of the network tell apart."""
+    from salience.concepts import ProbeSet
+
+    rows = torch.arange(60)
+    pixels = images(60) + 2 * torch.eye(3)[rows % 3][:, :, None, None] + (rows % 2)[:, None, None, None]
+    concepts = torch.stack([rows % 3 == 0, rows % 2 == 0], dim=1).numpy()
+    with torch.no_grad():  # the head is set so that the network predicts more than one class
+        net = copy.deepcopy(model).eval()
+        features = net.relu2(net.conv2(net.relu(net.norm(net.conv(pixels))))).mean((2, 3))
+        middle = features.mean(0)
+        model.head.weight.copy_((torch.stack([features[rows % 3 == c].mean(0) for c in range(3)]) - middle) * 50)
+        model.head.bias.copy_(-model.head.weight @ middle)
+    return {"probes": {"A": ProbeSet(pixels, concepts, ("red", "even"))}, "generic": build("resnet"), "ks": (2,)}
+
+
 FLAGS = frozenset({"requires_grad"})
 EXAMPLES = {
+    "salience.concepts:audit": Example(probed, refused=lambda: nn.Conv2d(3, 1, 3)),
     "salience.data:diversity_report": Example(
         lambda model: {"inputs": images(), "targets": torch.arange(8) % 3, "layer": "relu2"}
     ),

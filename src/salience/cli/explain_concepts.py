@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # A method, and the options that are its alone; its runner is the module _explain_concepts_METHOD.
 METHODS: dict[str, tuple[str, ...]] = {
     "craft": ("patch_size", "stride", "crops", "design", "refine", "earlier_layer"),
+    "holistic-concepts": ("extractor", "importance", "clusters"),
     "pace": ("reduce_dim",),
 }
 _EPILOG = (
@@ -33,6 +34,7 @@ _EPILOG = (
 _DATA = "Images"
 _MEASURING = "Measuring"
 _CRAFT = "Options of craft alone"
+_HOLISTIC = "Options of holistic-concepts alone"
 _PACE = "Options of pace alone"
 
 
@@ -42,8 +44,8 @@ def concepts(
     images: Annotated[list[str], typer.Argument(help="A folder (sub-folders are classes), image files, globs, or .parquet with columns image and label.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder: concepts.safetensors, concepts.jsonl, crops/, report.html.", show_default=False)],
     class_: Annotated[list[str] | None, typer.Option("--class", "-c", help="Class to explain, by number or name; may be repeated. Images that the model predicts as it are used, whatever their label. pace explains all without it.", show_default=False)] = None,
-    method: Annotated[str, typer.Option(help="How concepts are found and weighed: craft, or pace for vision transformers.")] = "craft",
-    layer: Annotated[str | None, typer.Option("--layer", "-l", help="Layer to look at, by its name in named_modules; for craft one whose output is never negative [default: the last such]; for pace the number of a block [default: -1].", show_default=False)] = None,
+    method: Annotated[str, typer.Option(help="How concepts are found and weighed: craft; holistic-concepts, which has any extractor and any importance, and the strategies behind the classes; or pace, for vision transformers.")] = "craft",
+    layer: Annotated[str | None, typer.Option("--layer", "-l", help="Layer to look at, by its name in named_modules; for craft, and for holistic-concepts with nmf, one whose output is never negative [default: the last such]; for pace the number of a block [default: -1].", show_default=False)] = None,
     count: Annotated[int, typer.Option("--concepts", "-k", help="Concepts of a class; for pace of all images.")] = 10,
     arch: Annotated[str | None, typer.Option(help="For a .safetensors file: package.module:factory that builds the network.", show_default=False)] = None,
     size: Annotated[str | None, typer.Option(help="Without a processor: size of the images, as in 224 or 224x320 [default: as they are].", rich_help_panel=_DATA, show_default=False)] = None,
@@ -57,6 +59,9 @@ def concepts(
     design: Annotated[int | None, typer.Option(help="Points of a block of the Sobol design; an image costs design x (concepts + 2) passes behind the layer [default: 32].", rich_help_panel=_CRAFT, show_default=False)] = None,
     refine: Annotated[int | None, typer.Option(help="Most important concepts to take apart at an earlier layer [default: 1].", rich_help_panel=_CRAFT, show_default=False)] = None,
     earlier_layer: Annotated[str | None, typer.Option(help="That layer [default: the last never negative one of the next finer resolution].", rich_help_panel=_CRAFT, show_default=False)] = None,
+    extractor: Annotated[str | None, typer.Option(help="How concepts are found: nmf, k-means, pca, semi-nmf, sae (a top-K sparse autoencoder), random [default: nmf].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
+    importance: Annotated[str | None, typer.Option(help="How they are weighed: gradient_input, saliency, smoothgrad, squaregrad, vargrad, integrated_gradients, occlusion, tcav, rise, sobol, hsic, kernelshap [default: gradient_input].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
+    clusters: Annotated[int | None, typer.Option(help="Strategies in the graph [default: 5].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
     reduce_dim: Annotated[int | None, typer.Option(help="Principal components of the patches to work in [default: 25 where there are more than 64 dimensions].", rich_help_panel=_PACE, show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once; halved when memory runs out.")] = 64,
     device: Annotated[str, typer.Option(help="Where to compute, as in cpu or cuda.")] = "cpu",
@@ -74,11 +79,12 @@ def concepts(
     in 70 % of all images, and measures whether they tell the predictions of the others, and stay under perturbation.
     """
     given = {"patch_size": patch_size, "stride": stride, "crops": crops, "design": design, "refine": refine,
-             "earlier_layer": earlier_layer, "reduce_dim": reduce_dim}  # fmt: skip
+             "earlier_layer": earlier_layer, "extractor": extractor, "importance": importance,
+             "clusters": clusters, "reduce_dim": reduce_dim}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     _check(method, given)
-    if method == "craft" and not class_:
-        raise InputError("--class: name the class that craft is to explain, by number or name")
+    if method != "pace" and not class_:
+        raise InputError(f"--class: name the class that {method} is to explain, by number or name")
     if count < 1 or measure < 2 or batch_size < 1 or seed < 0:
         raise InputError("--concepts and --batch-size must be at least 1, --measure at least 2, --seed at least 0")
     if report is not None and (report.suffix != ".html" or not report.parent.is_dir() or report.is_dir()):

@@ -7,56 +7,154 @@ from typing import TYPE_CHECKING
 from salience._lazy import exports
 
 if TYPE_CHECKING:
+    from salience.concepts.attributions import concept_importance, mean_importance
+    from salience.concepts.concept_audit.explaining import (
+        Capacity,
+        LinearExplanation,
+        baseline_explanation,
+        capacity_path,
+    )
+    from salience.concepts.concept_audit.learning import LearnReport, learnability
+    from salience.concepts.concept_audit.linear import CAV, fit_cav, fit_cavs, normalized_ap, predicted_concepts
+    from salience.concepts.concept_audit.others import (
+        Decomposition,
+        basis_decomposition,
+        directional_derivatives,
+        unit_concept_iou,
+    )
+    from salience.concepts.concept_audit.reading import read_probe
+    from salience.concepts.concept_audit.shift import ConceptData, ProbeReport, probe_shift
+    from salience.concepts.concept_audit.study import UserStudyKit
+    from salience.concepts.concept_audit.verdict import AuditReport, ProbeSet, audit
     from salience.concepts.concept_curves import concept_deletion, concept_insertion
     from salience.concepts.concept_model import ConceptModel, ConceptScores
     from salience.concepts.craft.crops import Crops, make_crops
     from salience.concepts.craft.estimator import Craft, nonnegative_layers
-    from salience.concepts.extractors import ConceptExtractor, NMFConcepts
+    from salience.concepts.extractors import (
+        ConceptExtractor,
+        KMeansConcepts,
+        NMFConcepts,
+        PCAConcepts,
+        RandomConcepts,
+    )
+    from salience.concepts.holistic.extraction import (
+        ExtractionReport,
+        dictionary_distance,
+        extraction_report,
+        frechet,
+        out_of_distribution,
+        wasserstein,
+    )
+    from salience.concepts.holistic.faithfulness import ImportanceReport, importance_report
+    from salience.concepts.holistic.strategies import Strategy, StrategyGraph, draw_graph, strategy_graph
     from salience.concepts.importance import gradient_input, sobol_importance, tcav
     from salience.concepts.nonnegative import Factorization, nmf, nnls
     from salience.concepts.pace.estimator import PACE, PaceExplanation
     from salience.concepts.pace.measures import desiderata, perturb
     from salience.concepts.pace.tokens import PatchTokens, vit_tokens
+    from salience.concepts.seminmf import SemiNMFConcepts
     from salience.concepts.sensitivity import sobol_design, sobol_total, total_indices
+    from salience.concepts.sparse_autoencoder import SAEConcepts
 
 _WHERE: dict[str, str] = {
+    **dict.fromkeys(("LearnReport", "learnability"), "concept_audit.learning"),
+    **dict.fromkeys(("Capacity", "LinearExplanation", "baseline_explanation", "capacity_path"),
+                    "concept_audit.explaining"),
+    **dict.fromkeys(("CAV", "fit_cav", "fit_cavs", "normalized_ap", "predicted_concepts"), "concept_audit.linear"),
+    **dict.fromkeys(("Decomposition", "basis_decomposition", "directional_derivatives", "unit_concept_iou"),
+                    "concept_audit.others"),
+    "read_probe": "concept_audit.reading",
+    **dict.fromkeys(("ConceptData", "ProbeReport", "probe_shift"), "concept_audit.shift"),
+    "UserStudyKit": "concept_audit.study",
+    **dict.fromkeys(("AuditReport", "ProbeSet", "audit"), "concept_audit.verdict"),
+    "concept_importance": "attributions", "mean_importance": "attributions",
     "concept_deletion": "concept_curves", "concept_insertion": "concept_curves",
     "ConceptModel": "concept_model", "ConceptScores": "concept_model",
     "Crops": "craft.crops", "make_crops": "craft.crops",
     "Craft": "craft.estimator", "nonnegative_layers": "craft.estimator",
-    "ConceptExtractor": "extractors", "NMFConcepts": "extractors",
+    "ConceptExtractor": "extractors", "NMFConcepts": "extractors", "KMeansConcepts": "extractors",
+    "PCAConcepts": "extractors", "RandomConcepts": "extractors",
+    "ExtractionReport": "holistic.extraction", "extraction_report": "holistic.extraction",
+    "dictionary_distance": "holistic.extraction", "wasserstein": "holistic.extraction",
+    "frechet": "holistic.extraction", "out_of_distribution": "holistic.extraction",
+    "ImportanceReport": "holistic.faithfulness", "importance_report": "holistic.faithfulness",
+    "Strategy": "holistic.strategies", "StrategyGraph": "holistic.strategies",
+    "draw_graph": "holistic.strategies", "strategy_graph": "holistic.strategies",
     "gradient_input": "importance", "sobol_importance": "importance", "tcav": "importance",
     "Factorization": "nonnegative", "nmf": "nonnegative", "nnls": "nonnegative",
+    "SemiNMFConcepts": "seminmf", "SAEConcepts": "sparse_autoencoder",
     "PACE": "pace.estimator", "PaceExplanation": "pace.estimator",
     "desiderata": "pace.measures", "perturb": "pace.measures",
     "PatchTokens": "pace.tokens", "vit_tokens": "pace.tokens",
     "sobol_design": "sensitivity", "sobol_total": "sensitivity", "total_indices": "sensitivity",
 }  # fmt: skip
 __all__ = [
+    "CAV",
     "PACE",
+    "AuditReport",
+    "Capacity",
+    "ConceptData",
     "ConceptExtractor",
     "ConceptModel",
     "ConceptScores",
     "Craft",
     "Crops",
+    "Decomposition",
+    "ExtractionReport",
     "Factorization",
+    "ImportanceReport",
+    "KMeansConcepts",
+    "LearnReport",
+    "LinearExplanation",
     "NMFConcepts",
+    "PCAConcepts",
     "PaceExplanation",
     "PatchTokens",
+    "ProbeReport",
+    "ProbeSet",
+    "RandomConcepts",
+    "SAEConcepts",
+    "SemiNMFConcepts",
+    "Strategy",
+    "StrategyGraph",
+    "UserStudyKit",
+    "audit",
+    "baseline_explanation",
+    "basis_decomposition",
+    "capacity_path",
     "concept_deletion",
+    "concept_importance",
     "concept_insertion",
     "desiderata",
+    "dictionary_distance",
+    "directional_derivatives",
+    "draw_graph",
+    "extraction_report",
+    "fit_cav",
+    "fit_cavs",
+    "frechet",
     "gradient_input",
+    "importance_report",
+    "learnability",
     "make_crops",
+    "mean_importance",
     "nmf",
     "nnls",
     "nonnegative_layers",
+    "normalized_ap",
+    "out_of_distribution",
     "perturb",
+    "predicted_concepts",
+    "probe_shift",
+    "read_probe",
     "sobol_design",
     "sobol_importance",
     "sobol_total",
+    "strategy_graph",
     "tcav",
     "total_indices",
+    "unit_concept_iou",
     "vit_tokens",
+    "wasserstein",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

@@ -60,9 +60,7 @@ class ConceptModel(nn.Module):
 
     def decode(self, codes: Codes) -> Float[Tensor, "n ..."]:
         """Activations as the layer gives them, from codes."""
-        activations = _each(self.extractor.decode, codes)
-        # Contiguous as from the network itself: layers behind are slower on another layout.
-        return activations.movedim(-1, 1).contiguous() if activations.ndim == 4 else activations
+        return _as_given(_each(self.extractor.decode, codes))
 
     def forward(self, codes: Codes, images: Images) -> Float[Tensor, "n classes"]:
         """Logits of codes.
@@ -73,8 +71,12 @@ class ConceptModel(nn.Module):
         images : Tensor (n or 1, channel, height, width)
             What a skip connection carries around the layer comes from here.
         """
+        return self.behind(_each(self.extractor.decode, codes), images)
+
+    def behind(self, activations: Float[Tensor, "n *positions p"], images: Images) -> Float[Tensor, "n classes"]:
+        """Logits of activations, channels last, which need not be written in concepts."""
         with training_mode(self.model, False):
-            logits = self.split.decode(self.decode(codes), images, copy=False)
+            logits = self.split.decode(_as_given(activations), images, copy=False)
         return logits.mean((2, 3)) if logits.ndim == 4 else logits
 
 
@@ -108,6 +110,11 @@ def channels_last(activations: Tensor) -> Float[Tensor, "n *positions p"]:
             "(n, p, height, width) are needed"
         )
     return activations.movedim(1, -1) if activations.ndim == 4 else activations
+
+
+def _as_given(activations: Float[Tensor, "n *positions p"]) -> Float[Tensor, "n ..."]:
+    """Channels back where the layer has them; contiguous as from it: layers behind are slower on another layout."""
+    return activations.movedim(-1, 1).contiguous() if activations.ndim == 4 else activations
 
 
 def pooled(activations: Float[Tensor, "n *positions p"]) -> Float[Tensor, "n p"]:

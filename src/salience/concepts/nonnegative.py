@@ -90,7 +90,7 @@ def nmf(
     Source: Cichocki and Phan, "Fast Local Algorithms for Large Scale Nonnegative Matrix and Tensor Factorizations",
     2009 (HALS); section 3.1 of CRAFT (arXiv 2211.10154) for its use.
     """
-    n, p = _checked(activations)
+    n, p = matrix_shape(activations)
     if isinstance(n_concepts, bool) or not isinstance(n_concepts, int) or not 1 <= n_concepts <= min(n, p):
         raise InputError(f"n_concepts: got {n_concepts!r}; activations of shape ({n}, {p}) allow 1..{min(n, p)}")
     if max_iter < 1 or tol < 0:
@@ -179,7 +179,8 @@ def refuse_negative(activations: Float[Tensor, "n p"], offset: int = 0) -> None:
         )
 
 
-def _checked(activations: Any) -> tuple[int, int]:
+def matrix_shape(activations: Any) -> tuple[int, int]:
+    """Rows and columns of a matrix of floats; an `InputError` tells what else came."""
     if getattr(activations, "ndim", 0) != 2 or 0 in activations.shape:
         got = tuple(getattr(activations, "shape", ())) or type(activations).__name__
         raise InputError(f"activations: must be a matrix (n, p) with n, p >= 1; got {got}")

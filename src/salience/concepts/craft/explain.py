@@ -60,14 +60,14 @@ class Order(NamedTuple):
 
 @dataclass
 class ConceptProof:
-    """Whether the Sobol order of concepts tells what carries the class, on held-out images.
+    """Whether an order of concepts tells what carries the class, on held-out images.
 
     Attributes
     ----------
     orders : dict of str to Order
-        "Sobol", "gradient x code", "TCAV", "mean code" and "random".
+        The order that is judged, cheaper ones, and "random".
     over_random : PairedDifference
-        Score of Sobol over the mean of the random orders.
+        Its score over the mean of the random orders.
     beaten : float
         Share of the random orders with a lower mean score: above 0.95 for one random order in twenty.
     heuristic : str
@@ -83,7 +83,7 @@ class ConceptProof:
 
     @property
     def better(self) -> bool | None:
-        """Whether Sobol's order is better than random ones; None if more than one in twenty does as well.
+        """Whether the order is better than random ones; None if more than one in twenty does as well.
 
         Where a single concept of k carries the class, one random order in k begins with it: that is then told.
         """
@@ -243,7 +243,7 @@ def _explain_class(
 
     held = stacked(images, measured)
     held_codes = fitted.transform(held)
-    proof = _prove(concepts, held_codes, held, class_id, ranks, random_state)
+    proof = prove(concepts, held_codes, held, class_id, ranks, random_state)
     agreement = np.mean([
         int(logits_of_codes(concepts, held_codes[i : i + 1], held[i : i + 1], 1).argmax(1)) == class_id
         for i in range(len(held))
@@ -268,9 +268,9 @@ def _explain_class(
     return result
 
 
-def _prove(concepts: Any, codes: Codes, images: Tensor, class_id: int, ranks: dict[str, np.ndarray],
-           random_state: int) -> ConceptProof:  # fmt: skip
-    """Concepts out and in by each order, on held-out images."""
+def prove(concepts: Any, codes: Codes, images: Tensor, class_id: int, ranks: dict[str, np.ndarray],
+          random_state: int) -> ConceptProof:  # fmt: skip
+    """Concepts out and in by each order, on held-out images; the first of `ranks` is judged against the others."""
     draws = np.random.default_rng(random_state).random((RANDOM_ORDERS, codes.shape[-1]))
     every = np.concatenate([np.stack(list(ranks.values())), draws])
     curves = {}
@@ -281,8 +281,9 @@ def _prove(concepts: Any, codes: Codes, images: Tensor, class_id: int, ranks: di
     orders = dict(zip(ranks, found, strict=False))
     random = found[len(ranks) :]
     orders["random"] = Order(changed, *(curves[name][len(ranks) :].mean(0) for name in curves))
-    own = orders["Sobol"].score
-    best = max((name for name in ranks if name != "Sobol"), key=lambda name: float(orders[name].score.mean()))
+    judged, *others = ranks
+    own = orders[judged].score
+    best = max(others, key=lambda name: float(orders[name].score.mean()))
     return ConceptProof(
         orders, paired_difference(own, orders["random"].score, random_state=random_state),
         float(np.mean([one.score.mean() < own.mean() for one in random])), best,

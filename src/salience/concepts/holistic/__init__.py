@@ -1,0 +1,1 @@
+"""Extraction of concepts and their importance, measured; the strategies behind a class."""
