@@ -186,7 +186,7 @@ def train_easy(model: nn.Module, seed: int) -> None:
     """Teach it tiles of which each tells the class, and three perturbed copies."""
     images, classes, _ = split(seed, EASY, TRAIN, "train")
     copies = [disturbed(images, np.random.default_rng([seed, 7, i])) for i in range(3)]
-    _fit(model, torch.cat([images, *copies]), classes.repeat(4), seed, epochs=4)
+    _fit(model, torch.cat([images, *copies]), classes.repeat(4), seed, epochs=3)
 
 
 def train_pairs(model: nn.Module, seed: int) -> None:
@@ -225,7 +225,7 @@ def _fit(model: nn.Module, images: Tensor, classes: Tensor, seed: int, epochs: i
 
 def normalised(images: Tensor) -> Tensor:
     """Pixels as the transformers take them."""
-    return (images - 0.5) / 0.5
+    return (images - 0.5) / 0.35
 
 
 def colour_world(pairs: Any, train: Any, run: Run) -> World:
