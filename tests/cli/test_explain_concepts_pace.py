@@ -142,7 +142,9 @@ def test_what_is_refused(run, folder, more, code, said):
 
 def test_a_network_that_is_no_transformer(salience, folder):
     save("resnet", folder / "resnet")
-    code, _, err = salience("explain", "concepts", "resnet", "images", "--size", "16", "--method", "pace", "-o", "found")
+    code, _, err = salience(
+        "explain", "concepts", "resnet", "images", "--size", "16", "--method", "pace", "-o", "found"
+    )
     assert code == 2 and "ResNet" in err and "found" not in names(folder)
 
 

@@ -203,7 +203,7 @@ class PACE(BaseEstimator):
         probs : Tensor or array (m, n), optional
             What the model predicts is observed here too; without it the faithfulness term is off.
         emb_aug, attn_aug : optional
-            Perturbed twins; the other images of the pair's likelihood are then those of `fit`.
+            Perturbed twins, left out with one image alone; the others of the pair's likelihood are the images of `fit`.
 
         Returns
         -------
