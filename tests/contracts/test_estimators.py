@@ -30,6 +30,10 @@ def networks() -> tuple[torch.nn.Module, torch.nn.Module]:
     return tuple(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)) for _ in range(2))
 
 
+PATCHES = (
+    torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(1)),
+    torch.rand(8, 5, generator=torch.Generator().manual_seed(2)),
+)
 PICTURES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 # How each estimator is fitted on something small, and what it chooses then: entry -> (parameters, fit, result).
@@ -74,6 +78,11 @@ FITS = {
         {"layer": "relu2", "n_concepts": 3, "patch_size": 8, "crops": "random", "crops_per_image": 4},
         lambda model: model.fit(build("plain"), PICTURES),
         lambda model: (model.transform(PICTURES[:1]), model.components_.numpy())[1],
+    ),
+    "salience.concepts:PACE": (
+        {"n_concepts": 3, "max_iter": 2},
+        lambda model: model.fit(PATCHES[0], PATCHES[1], PATCHES[1][:, :2].softmax(1)),
+        lambda model: model.transform(*PATCHES).numpy(),
     ),
     "salience.data:KMQSelector": (
         {"n_clusters": 4},

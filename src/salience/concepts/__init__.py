@@ -77,6 +77,9 @@ if TYPE_CHECKING:
     from salience.concepts.holistic.strategies import Strategy, StrategyGraph, draw_graph, strategy_graph
     from salience.concepts.importance import gradient_input, sobol_importance, tcav
     from salience.concepts.nonnegative import Factorization, nmf, nnls
+    from salience.concepts.pace.estimator import PACE, PaceExplanation
+    from salience.concepts.pace.measures import desiderata, perturb
+    from salience.concepts.pace.tokens import PatchTokens, vit_tokens
     from salience.concepts.seminmf import SemiNMFConcepts
     from salience.concepts.sensitivity import sobol_design, sobol_total, total_indices
     from salience.concepts.sparse_autoencoder import SAEConcepts
@@ -120,10 +123,14 @@ _WHERE: dict[str, str] = {
     "gradient_input": "importance", "sobol_importance": "importance", "tcav": "importance",
     "Factorization": "nonnegative", "nmf": "nonnegative", "nnls": "nonnegative",
     "SemiNMFConcepts": "seminmf", "SAEConcepts": "sparse_autoencoder",
+    "PACE": "pace.estimator", "PaceExplanation": "pace.estimator",
+    "desiderata": "pace.measures", "perturb": "pace.measures",
+    "PatchTokens": "pace.tokens", "vit_tokens": "pace.tokens",
     "sobol_design": "sensitivity", "sobol_total": "sensitivity", "total_indices": "sensitivity",
 }  # fmt: skip
 __all__ = [
     "CAV",
+    "PACE",
     "AuditReport",
     "Capacity",
     "ComplexityReport",
@@ -147,6 +154,8 @@ __all__ = [
     "LinearExplanation",
     "NMFConcepts",
     "PCAConcepts",
+    "PaceExplanation",
+    "PatchTokens",
     "ProbeReport",
     "ProbeSet",
     "RandomConcepts",
@@ -165,6 +174,7 @@ __all__ = [
     "concept_deletion",
     "concept_importance",
     "concept_insertion",
+    "desiderata",
     "dictionary_distance",
     "directional_derivatives",
     "draw_graph",
@@ -191,6 +201,7 @@ __all__ = [
     "nonnegative_layers",
     "normalized_ap",
     "out_of_distribution",
+    "perturb",
     "predicted_concepts",
     "probe_shift",
     "rank_correlation",
@@ -210,6 +221,7 @@ __all__ = [
     "total_indices",
     "unit_concept_iou",
     "v_information",
+    "vit_tokens",
     "wasserstein",
 ]
 __getattr__, __dir__ = exports(__name__, _WHERE)

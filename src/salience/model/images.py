@@ -76,10 +76,18 @@ class ImageSet(Dataset):
         label = NO_LABEL if self.labels is None else int(self.labels[i])
         if self._processor is not None:
             return self._processed(i), label
-        pixels = torch.from_numpy(self.picture(i).astype(np.float32) / 255).permute(2, 0, 1)
+        return self.pixel_values(self.picture(i)), label
+
+    def pixel_values(self, picture: UInt8[np.ndarray, "height width channel"]) -> Float[Tensor, "channel height width"]:
+        """What the model takes, of a picture as `picture` gives it, that may have been changed meanwhile."""
+        if self._processor is not None:
+            image = Image.fromarray(picture)
+            return self._processor(images=image, return_tensors="pt", do_resize=False,
+                                   do_center_crop=False)["pixel_values"][0].float()  # fmt: skip
+        pixels = torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1)
         if self._mean is not None and self._std is not None:
             pixels = (pixels - torch.tensor(self._mean)[:, None, None]) / torch.tensor(self._std)[:, None, None]
-        return pixels.contiguous(), label
+        return pixels.contiguous()
 
     def picture(self, i: int) -> UInt8[np.ndarray, "height width channel"]:
         """Picture `i` as the model sees it, resized and cropped but not normalised: to look at."""
