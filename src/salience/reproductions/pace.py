@@ -233,8 +233,9 @@ def colour_world(pairs: Any, train: Any, run: Run) -> World:
     model = zoo.trained(zoo.Recipe(build, train), run.seed)
     n, m = (200, 60) if run.smoke else (TRAIN, TEST)
     images, test = split(run.seed, pairs, n, "train")[0], split(run.seed, pairs, m, "test")
-    read = [vit_tokens(model, normalised(part)) for part in (images, test[0], disturbed(test[0], run.rng("perturb")))]
-    return World(model, *read, images, test[0], test[2])
+    known, seen, moved = (vit_tokens(model, normalised(part))
+                          for part in (images, test[0], disturbed(test[0], run.rng("perturb"))))  # fmt: skip
+    return World(model, known, seen, moved, images, test[0], test[2])
 
 
 def nonnegative(emb: Tensor, least: Tensor) -> Tensor:
@@ -283,7 +284,7 @@ def suffix(name: str) -> str:
 
 def measured(explained: dict[str, list[Any]], predicted: tuple[Tensor, Tensor]) -> dict[str, float]:
     """The desiderata of each kind of explanation."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name, (train, test, perturbed) in explained.items():
         found = desiderata(train, predicted[0], test, predicted[1], perturbed)
         figures |= {f"{which}{suffix(name)}": value for which, value in found.items()}
@@ -350,7 +351,7 @@ def stability_term(world: World, plain: PACE, passes: int, run: Run) -> dict[str
     other = [torch.from_numpy(rng.permutation(len(part.emb))) for part in test]
     noise = [torch.from_numpy(rng.normal(size=tuple(part.emb.shape))).to(part.emb) * part.emb.std((0, 1))
              + part.emb.mean((0, 1)) for part in test]  # fmt: skip
-    partners = {
+    partners: dict[str, list[Any]] = {
         "term on": [(part.emb, part.attn) for part in reversed(test)],
         "other twins": [(part.emb[rows], part.attn[rows]) for part, rows in zip(reversed(test), other, strict=True)],
         "random twins": [(emb, part.attn) for emb, part in zip(noise, test, strict=True)],
@@ -375,8 +376,8 @@ def hard_and_real(run: Run) -> dict[str, float]:
     rng, test = run.rng("digits"), enlarged(ink.test_x)
     moved = (test * torch.from_numpy(rng.uniform(0.85, 1.15, (len(test), 1, 1, 1))).float()
              + NOISE * torch.from_numpy(rng.normal(size=tuple(test.shape))).float()).clamp(0, 1)  # fmt: skip
-    parts = [vit_tokens(network, normalised(each)) for each in (enlarged(ink.train_x), test, moved)]
-    world = World(network, *parts, test, test, np.zeros((len(test), PATCHES), dtype=int))
+    known, seen, perturbed = (vit_tokens(network, normalised(each)) for each in (enlarged(ink.train_x), test, moved))
+    world = World(network, known, seen, perturbed, test, test, np.zeros((len(test), PATCHES), dtype=int))
     model = PACE(n_concepts=CONCEPTS, max_iter=PASSES, random_state=run.seed).fit(*world.train)
     explained = {"PACE": [model.transform(*part) for part in world.parts], **baselines(model, world, run)}
     kept = {name: explained[name] for name in ("PACE", "k-means", "NMF", "random")}
@@ -390,7 +391,8 @@ def _concepts(model: PACE, world: World) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1))
+    sides: Any = figure.subfigures(1, 2)
+    left, right = sides
     places = model.nearest_patches(world.test.emb, 6)
     axes = left.subplots(CONCEPTS, 6)
     for k, row in enumerate(axes):

@@ -23,7 +23,8 @@ class Given(NamedTuple):
 
     def take(self, rows: slice) -> Given:
         """Some of the images."""
-        return Given(*(None if part is None else part[rows] for part in self))
+        probs, emb_aug, attn_aug = (None if part is None else part[rows] for part in self[2:])
+        return Given(self.emb[rows], self.attn[rows], probs, emb_aug, attn_aug)
 
 
 def given(emb: Any, attn: Any, probs: Any, emb_aug: Any, attn_aug: Any) -> Given:
