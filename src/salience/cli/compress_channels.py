@@ -79,7 +79,7 @@ def channels(
     image_size: ImageSize = None,
     seed: Annotated[int, typer.Option(help="Seed of the random baseline and of intervals.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Make the layers of a network narrower by merging channels that do the same (IFM, ICLR 2024).

@@ -57,7 +57,7 @@ def delta(
     image_std: m.ImageStd = None,
     seed: Annotated[int, typer.Option(help="Seed of the masks.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html")] = None,
     dry_run: m.DryRun = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip

@@ -93,7 +93,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of the rotation, of the sample and of intervals.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the inputs and say what would be done; write nothing.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Store the weights of a language model in a few bits, fitted to the tokens that matter.

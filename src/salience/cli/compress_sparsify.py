@@ -90,8 +90,8 @@ def sparsify(
     density: Annotated[float | None, typer.Option("--density", "-d", help="Share of the weights to keep.", show_default=False)] = None,
     n_m: Annotated[str | None, typer.Option("--n-m", help="Instead: keep N of each M consecutive inputs, as in 2:4.", show_default=False)] = None,
     method: Annotated[Method, typer.Option(help="magnitude; wanda: weight times input; snip, grasp, synflow: before training; random. Random and magnitude are compared.")] = Method.magnitude,
-    scope: Annotated[Scope | None, typer.Option(help="Compare weights over all layers, within each, or within each row [default: global; row for wanda].", show_default=False)] = None,
-    allocation: Annotated[Allocation | None, typer.Option(help="Share density out over the layers (scope layer or row) [default: uniform].", show_default=False)] = None,
+    scope: Annotated[Scope | None, typer.Option(help="Compare weights over all layers, within each, or within each row.", show_default="global; row for wanda")] = None,
+    allocation: Annotated[Allocation | None, typer.Option(help="Share density out over the layers (scope layer or row).", show_default="uniform")] = None,
     layer_scores: Annotated[Path | None, typer.Option(help="Or by the Scores file of a method that weighs layers.", show_default=False)] = None,
     grain: Annotated[Grain, typer.Option(help="Single weights, kernels of convolutions, or all that leads to a channel.")] = Grain.weight,
     exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Leave weights with this name or pattern dense, as in 'lm_head.*'; may be repeated.", show_default=False)] = None,
@@ -108,7 +108,7 @@ def sparsify(
     image_size: ImageSize = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and of intervals.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Set the weights that matter least to zero, once, without training on.

@@ -28,6 +28,7 @@ _EPILOG = (
     "salience explain concepts my-resnet/ photos/ --class parachute -o concepts\n\n"
     "salience explain concepts net.safetensors test.parquet --arch my_package.models:net --mean 0.485,0.456,0.406 "
     "--std 0.229,0.224,0.225 --class 3 --class 5 --concepts 10 -o concepts\n\n"
+    "salience explain concepts my-resnet/ photos/ --method holistic-concepts --class cat --class dog -o concepts\n\n"
     "salience explain concepts my-vit/ photos/ --method pace --concepts 30 -o concepts\n\n"
     "Exit codes: 0 done, 2 usage, 3 bad data, 4 nothing to do, 130 interrupted."
 )
@@ -45,29 +46,29 @@ def concepts(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder: concepts.safetensors, concepts.jsonl, crops/, report.html.", show_default=False)],
     class_: Annotated[list[str] | None, typer.Option("--class", "-c", help="Class to explain, by number or name; may be repeated. Images that the model predicts as it are used, whatever their label. pace explains all without it.", show_default=False)] = None,
     method: Annotated[str, typer.Option(help="How concepts are found and weighed: craft; holistic-concepts, which has any extractor and any importance, and the strategies behind the classes; or pace, for vision transformers.")] = "craft",
-    layer: Annotated[str | None, typer.Option("--layer", "-l", help="Layer to look at, by its name in named_modules; for craft, and for holistic-concepts with nmf, one whose output is never negative [default: the last such]; for pace the number of a block [default: -1].", show_default=False)] = None,
+    layer: Annotated[str | None, typer.Option("--layer", "-l", help="Layer to look at, by its name in named_modules; for craft, and for holistic-concepts with nmf, one whose output is never negative (default: the last such); for pace the number of a block (default: -1).", show_default=False)] = None,
     count: Annotated[int, typer.Option("--concepts", "-k", help="Concepts of a class; for pace of all images.")] = 10,
     arch: Annotated[str | None, typer.Option(help="For a .safetensors file: package.module:factory that builds the network.", show_default=False)] = None,
-    size: Annotated[str | None, typer.Option(help="Without a processor: size of the images, as in 224 or 224x320 [default: as they are].", rich_help_panel=_DATA, show_default=False)] = None,
+    size: Annotated[str | None, typer.Option(help="Without a processor: size of the images, as in 224 or 224x320.", rich_help_panel=_DATA, show_default="as they are")] = None,
     mean: Annotated[str | None, typer.Option(help="Without a processor: mean of each channel of 0..1, as in 0.485,0.456,0.406.", rich_help_panel=_DATA, show_default=False)] = None,
     std: Annotated[str | None, typer.Option(help="Without a processor: standard deviation of each channel.", rich_help_panel=_DATA, show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(help="Take at most so many images, evenly spread.", rich_help_panel=_DATA, show_default=False)] = None,
     measure: Annotated[int, typer.Option(help="Images of a class at most to estimate importance on, and held-out ones to measure on.", rich_help_panel=_MEASURING)] = 100,
-    patch_size: Annotated[int | None, typer.Option(help="Side of the crops in pixels [default: 64 per 224 of the shorter side, at least 16 or half of it].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    stride: Annotated[int | None, typer.Option(help="Step of the grid of crops [default: 0.8 of the side].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    crops: Annotated[str | None, typer.Option(help="Where crops are: grid or random (10 an image) [default: grid].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    design: Annotated[int | None, typer.Option(help="Points of a block of the Sobol design; an image costs design x (concepts + 2) passes behind the layer [default: 32].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    refine: Annotated[int | None, typer.Option(help="Most important concepts to take apart at an earlier layer [default: 1].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    earlier_layer: Annotated[str | None, typer.Option(help="That layer [default: the last never negative one of the next finer resolution].", rich_help_panel=_CRAFT, show_default=False)] = None,
-    extractor: Annotated[str | None, typer.Option(help="How concepts are found: nmf, k-means, pca, semi-nmf, sae (a top-K sparse autoencoder), random [default: nmf].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
-    importance: Annotated[str | None, typer.Option(help="How they are weighed: gradient_input, saliency, smoothgrad, squaregrad, vargrad, integrated_gradients, occlusion, tcav, rise, sobol, hsic, kernelshap [default: gradient_input].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
-    clusters: Annotated[int | None, typer.Option(help="Strategies in the graph [default: 5].", rich_help_panel=_HOLISTIC, show_default=False)] = None,
-    reduce_dim: Annotated[int | None, typer.Option(help="Principal components of the patches to work in [default: 25 where there are more than 64 dimensions].", rich_help_panel=_PACE, show_default=False)] = None,
+    patch_size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.", rich_help_panel=_CRAFT, show_default="64 per 224 of the shorter side, at least 16 or half of it")] = None,
+    stride: Annotated[int | None, typer.Option(help="Step of the grid of crops.", rich_help_panel=_CRAFT, show_default="0.8 of the side")] = None,
+    crops: Annotated[str | None, typer.Option(help="Where crops are: grid or random (10 an image).", rich_help_panel=_CRAFT, show_default="grid")] = None,
+    design: Annotated[int | None, typer.Option(help="Points of a block of the Sobol design; an image costs design x (concepts + 2) passes behind the layer.", rich_help_panel=_CRAFT, show_default="32")] = None,
+    refine: Annotated[int | None, typer.Option(help="Most important concepts to take apart at an earlier layer.", rich_help_panel=_CRAFT, show_default="1")] = None,
+    earlier_layer: Annotated[str | None, typer.Option(help="That layer.", rich_help_panel=_CRAFT, show_default="the last never negative one of the next finer resolution")] = None,
+    extractor: Annotated[str | None, typer.Option(help="How concepts are found: nmf, k-means, pca, semi-nmf, sae (a top-K sparse autoencoder), random.", rich_help_panel=_HOLISTIC, show_default="nmf")] = None,
+    importance: Annotated[str | None, typer.Option(help="How they are weighed: gradient_input, saliency, smoothgrad, squaregrad, vargrad, integrated_gradients, occlusion, tcav, rise, sobol, hsic, kernelshap.", rich_help_panel=_HOLISTIC, show_default="gradient_input")] = None,
+    clusters: Annotated[int | None, typer.Option(help="Strategies in the graph.", rich_help_panel=_HOLISTIC, show_default="5")] = None,
+    reduce_dim: Annotated[int | None, typer.Option(help="Principal components of the patches to work in.", rich_help_panel=_PACE, show_default="25 where there are more than 64 dimensions")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once; halved when memory runs out.")] = 64,
     device: Annotated[str, typer.Option(help="Where to compute, as in cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of random crops, designs, orders and intervals.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder of this command.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT/report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT/report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be read and looked at; write nothing.")] = False,
 ) -> None:  # fmt: skip

@@ -40,7 +40,7 @@ def table(
     label: Annotated[str, typer.Option("--label", "-l", help="Column that the black box predicts.", show_default=False)],
     ignore: Annotated[list[str] | None, typer.Option(help="Column not to use, such as an identifier; may be repeated.", show_default=False)] = None,
     black_box: Annotated[BlackBox, typer.Option(help="What is trained on the table and explained; attention and autoencoder are the paper's networks.")] = BlackBox.forest,
-    k: Annotated[int | None, typer.Option("-k", help="Columns of the surrogate [default: as few as do].", rich_help_panel=_SURROGATE, show_default=False)] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Columns of the surrogate.", rich_help_panel=_SURROGATE, show_default="as few as do")] = None,
     max_depth: Annotated[int, typer.Option(help="Depth of the surrogate tree.", rich_help_panel=_SURROGATE)] = 6,
     min_support: Annotated[float, typer.Option(help="Smallest share of rows of a rule that is told.", rich_help_panel=_SURROGATE)] = 0.01,
     test: Annotated[float, typer.Option(help="Share of the rows held out to measure on.")] = 0.3,
@@ -48,7 +48,7 @@ def table(
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Scores of all columns, a .parquet file.", show_default=False)] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html, or none without --out].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html, or none without --out")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Explain a black box on a wide table: the columns it uses, a small tree that mimics it, rules, counterfactuals.

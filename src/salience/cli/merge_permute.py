@@ -52,7 +52,7 @@ def permute(
     image_std: m.ImageStd = None,
     seed: Annotated[int, typer.Option(help="Seed of the order of the layers.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
-    report: Annotated[Path | None, typer.Option(help="Report page [default: OUT.report.html].", show_default=False)] = None,
+    report: Annotated[Path | None, typer.Option(help="Report page.", show_default="OUT.report.html")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Average networks that were trained apart, after lining up their hidden units.
