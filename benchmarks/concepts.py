@@ -2,7 +2,8 @@
 
 1. NMF: as many iterations as scikit-learn's coordinate descent, from each one's own beginning, to a relative error at
    most 1 % above its. At most 1.1 times its time, and at most twice that of the two products of an iteration alone.
-   Where overcomplete is there, also as many iterations of its HALS, nearest of its solvers: 5 times faster at least.
+   Where overcomplete is there, also its HALS with the 500 iterations of its default: at least 5 times faster. It then
+   still leaves several times our error, and does after 1,500 iterations, so that no equal error can be compared.
 2. Sobol importance behind the second stage of a ResNet-18: exactly images x design x (concepts + 2) rows go through
    the layers behind (counted), at 0.95 at least of the speed of these layers alone on batches of the same size.
 
@@ -100,7 +101,7 @@ def factorisation(n: int, p: int, rounds: int) -> dict[str, float]:
             found.setdefault(f"NMF {n} x {p}, {name}", []).append(value)
         if peer is not None:
             model = peer(CONCEPTS, solver="hals", tol=0)
-            slow, (u, v) = timed(lambda model=model: model.fit(tensor, max_iter=ITERATIONS))
+            slow, (u, v) = timed(lambda model=model: model.fit(tensor, max_iter=500))
             left = float((tensor - u @ v).norm() / tensor.norm()) / ours.relative_error
             print(f"{n} x {p}: overcomplete's HALS {slow:.2f} s", file=sys.stderr)
             for name, value in (("overcomplete's HALS over it", slow / own), ("its relative error over ours", left)):
