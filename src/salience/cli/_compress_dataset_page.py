@@ -61,7 +61,7 @@ def write_page(
     ]
     if told:
         blocks += [report.heading("Notes"), *(report.text(note) for note in told)]
-    subtitle = f"nrr-dd, {facts['ipc']} images for each of {facts['classes']} classes"
+    subtitle = f"nrr-dd, {facts['ipc']} image{'s' * (facts['ipc'] > 1)} for each of {facts['classes']} classes"
     report.page(f"Distilled images: {Path(out).name}", blocks, path=path, subtitle=subtitle)
 
 

@@ -80,7 +80,7 @@ def write_page(
             _images(found, chosen, images),
             "Held-out images, the concepts that each holds most of, and where these are (brighter is surer; one that an image hardly holds has no "
             "map). "
-            + "; ".join(f"image {i + 1} is predicted as {class_name(int(found.predicted[row]), names)}"
+            + "Predicted: " + "; ".join(f"image {i + 1} as {class_name(int(found.predicted[row]), names)}"
                         for i, row in enumerate(chosen)) + ".",
         ),
         *(report.text(f"Note: {note}") for note in found.notes),
