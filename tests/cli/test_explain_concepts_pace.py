@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_model
 from torch.nn.functional import cross_entropy
 from transformers import ViTImageProcessor
 
 from salience.model import fit
-from tiny import build, save
+from tiny import Plain, build, save
 
 NAMES = ["<red>", "blue", "none"]
 
@@ -146,6 +146,14 @@ def test_a_network_that_is_no_transformer(salience, folder):
         "explain", "concepts", "resnet", "images", "--size", "16", "--method", "pace", "-o", "found"
     )
     assert code == 2 and "ResNet" in err and "found" not in names(folder)
+
+
+def test_a_network_of_your_own(salience, folder):
+    save_model(Plain(), str(folder / "net.safetensors"))
+    code, _, err = salience(
+        "explain", "concepts", "net.safetensors", "images", "--arch", "tiny:plain", "--method", "pace", "-o", "found"
+    )
+    assert code == 2 and "Plain" in err and "craft" in err and "found" not in names(folder)
 
 
 def test_craft_still_asks_for_a_class(salience, folder):

@@ -26,8 +26,12 @@ def run(asked: Request) -> None:
     from salience.concepts.pace.explain import explain_images
     from salience.io import Output
 
+    config = getattr(asked.model, "config", None)
+    if config is None:
+        raise InputError(f"--method: pace explains vision transformers of the transformers library, not "
+                         f"{type(asked.model).__name__}; for other networks take craft or holistic-concepts")  # fmt: skip
     layer, reduce_dim = _block(asked.layer), asked.given.get("reduce_dim")
-    width = int(getattr(getattr(asked.model, "config", None), "hidden_size", 0) or 0)
+    width = int(getattr(config, "hidden_size", 0) or 0)
     if reduce_dim is None and width > _WIDE:
         reduce_dim = _REDUCED
     if asked.dry_run:
