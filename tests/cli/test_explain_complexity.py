@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -154,22 +153,12 @@ def test_an_existing_output_and_a_bad_picture(run, folder):
 
 # On real data -------------------------------------------------------------------------------------------------------
 
-DATA = Path(os.environ.get("SALIENCE_DATA", "nowhere"))
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.mark.realdata
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (DATA / "resnet20-cifar10" / "model.safetensors").exists(),
-    reason="SALIENCE_DATA names no folder with resnet20-cifar10/model.safetensors and cifar10/test.parquet",
-)
-def test_complex_features_of_a_pretrained_network_matter_less(run, folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_complex_features_of_a_pretrained_network_matter_less(run, folder, resnet20):
     code, out, err = run(
-        str(DATA / "resnet20-cifar10" / "model.safetensors"), str(DATA / "cifar10" / "test.parquet"), "-o", "found",
-        "--arch", "cifar_resnet20:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
-        "--limit", "1500", "--json",
+        *resnet20, "-o", "found",         "--limit", "1500", "--json",
     )  # fmt: skip
     assert code == 0, err
     result = json.loads(out)

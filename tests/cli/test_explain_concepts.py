@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from functools import partial
 from pathlib import Path
 
@@ -256,22 +255,12 @@ def test_usage_of_holistic_concepts(run, folder, quick, more, said):
 
 # On real data -------------------------------------------------------------------------------------------------------
 
-DATA = Path(os.environ.get("SALIENCE_DATA", "nowhere"))
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.mark.realdata
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (DATA / "resnet20-cifar10" / "model.safetensors").exists(),
-    reason="SALIENCE_DATA names no folder with resnet20-cifar10/model.safetensors and cifar10/test.parquet",
-)
-def test_concepts_of_a_pretrained_network_carry_its_classes(run, folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_concepts_of_a_pretrained_network_carry_its_classes(run, folder, resnet20):
     code, out, err = run(
-        str(DATA / "resnet20-cifar10" / "model.safetensors"), str(DATA / "cifar10" / "test.parquet"), "-o", "found",
-        "--arch", "cifar_resnet20:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
-        "--limit", "2000", "--measure", "40", "--class", "3", "--class", "7", "--json",
+        *resnet20, "-o", "found",         "--limit", "2000", "--measure", "40", "--class", "3", "--class", "7", "--json",
     )  # fmt: skip
     assert code == 0, err
     for one in json.loads(out)["classes"]:
@@ -282,16 +271,9 @@ def test_concepts_of_a_pretrained_network_carry_its_classes(run, folder, monkeyp
 
 @pytest.mark.realdata
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (DATA / "resnet20-cifar10" / "model.safetensors").exists(),
-    reason="SALIENCE_DATA names no folder with resnet20-cifar10/model.safetensors and cifar10/test.parquet",
-)
-def test_strategies_of_a_confused_pair(run, folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def test_strategies_of_a_confused_pair(run, folder, resnet20):
     code, out, err = run(
-        str(DATA / "resnet20-cifar10" / "model.safetensors"), str(DATA / "cifar10" / "test.parquet"), "-o", "found",
-        "--arch", "cifar_resnet20:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225",
-        "--limit", "1500", "--measure", "30", "--class", "3", "--class", "5", "--method", "holistic-concepts", "--json",
+        *resnet20, "-o", "found",         "--limit", "1500", "--measure", "30", "--class", "3", "--class", "5", "--method", "holistic-concepts", "--json",
     )  # fmt: skip
     assert code == 0, err
     found = json.loads(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -207,20 +206,12 @@ def test_bee_hangs_on_explain_and_learns_from_other_images(run, folder):
 
 # On real data -------------------------------------------------------------------------------------------------------
 
-DATA = Path(os.environ.get("SALIENCE_DATA", "nowhere"))
-
 
 @pytest.mark.realdata
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (DATA / "resnet20-cifar10" / "model.safetensors").exists(),
-    reason="SALIENCE_DATA names no folder with resnet20-cifar10/model.safetensors and cifar10/test.parquet",
-)
-def test_a_pretrained_network_on_cifar(run, folder, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
+def test_a_pretrained_network_on_cifar(run, folder, resnet20):
     code, out, err = run(
-        str(DATA / "resnet20-cifar10" / "model.safetensors"), str(DATA / "cifar10" / "test.parquet"), "-o", "verdict",
-        "--arch", "cifar_resnet20:resnet20", "--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225", "--limit", "60",
+        *resnet20, "-o", "verdict", "--limit", "60",
         "--method", "grad-cam,rise,gradient", "--samples", "150", "--steps", "10", "--json",
     )  # fmt: skip
     assert code == 0, err

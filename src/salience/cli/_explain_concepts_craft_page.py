@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from salience.cli._concept_pages import bare, class_verdict, save_strip
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -18,23 +20,15 @@ if TYPE_CHECKING:
     from salience.model import ImageSet
 
 _CONCEPTS, _CROPS, _MAPS = 6, 6, 3  # of a class on the page
-_SIDE = 64  # pixels of a crop in a strip
 
 
 def write_crops(folder: Output, found: Sequence[ClassConcepts], images: ImageSet) -> None:
     """Write ``crops/CLASS-CONCEPT.png``: the crops that hold most of a concept, in a row."""
-    from PIL import Image
-
     for one in found:
         for i in map(int, one.order):
-            cut = _cuts(one, one.craft, one.top_crops[i], images)
-            if not cut:
-                continue
-            strip = Image.new("RGB", (len(cut) * (_SIDE + 2) - 2, _SIDE), "white")
-            for place, crop in enumerate(cut):
-                tile = Image.fromarray(crop.repeat(3, 2) if crop.shape[2] == 1 else crop)
-                strip.paste(tile.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), (place * (_SIDE + 2), 0))
-            strip.save(folder.file(f"crops/class{one.class_id}-concept{i:02d}.png"))
+            cuts = _cuts(one, one.craft, one.top_crops[i], images)
+            if cuts:
+                save_strip(folder.file(f"crops/class{one.class_id}-concept{i:02d}.png"), cuts)
 
 
 def write_page(
@@ -45,13 +39,7 @@ def write_page(
     from salience.cli.explain_concepts import class_name
 
     proofs = {class_name(one.class_id, names): one.proof for one in found if one.proof is not None}
-    better = [name for name, proof in proofs.items() if proof.better]
-    good = bool(better) if better or all(proof.better is False for proof in proofs.values()) else None
-    label = f"better than random orders in {len(better)} of {len(proofs)} classes"
-    if len(proofs) == 1:
-        label = {True: "better than random orders", None: "not decided"}.get(good, "no better than random orders here")
-    detail = "; ".join(f"{name}: {proof.words}" for name, proof in proofs.items())
-    blocks: list[Any] = [report.verdict(label, detail, good)]
+    blocks: list[Any] = [class_verdict(report, proofs)]
     for one in found:
         blocks += _class_blocks(report, one, images, class_name(one.class_id, names))
     blocks += [report.heading("How it was made"), report.code(json.dumps(settings, indent=1, ensure_ascii=False))]
@@ -163,11 +151,7 @@ def _gallery(one: ClassConcepts, shown: Sequence[int], images: ImageSet) -> Figu
             picture = images.picture(int(one.learned[one.craft.kept_][one.craft.crops_.boxes[crop, 0]]))
             row[_CROPS + 2 * place].imshow(picture, cmap="gray")
             row[_CROPS + 2 * place + 1].imshow(overlay(picture, one.maps[i][place].numpy()))
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    return figure
+    return bare(figure)
 
 
 def _parts(one: ClassConcepts, parts: Craft, images: ImageSet) -> Figure:
@@ -185,8 +169,4 @@ def _parts(one: ClassConcepts, parts: Craft, images: ImageSet) -> Figure:
         )
         for axis, cut in zip(row, _cuts(one, parts, top_crops(parts, i), images), strict=False):
             axis.imshow(cut, cmap="gray")
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    return figure
+    return bare(figure)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from salience.cli._concept_pages import bare, class_verdict, save_strip
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 
 _CONCEPTS, _CROPS, _MAPS = 6, 6, 3  # of a class on the page
 _EXAMPLES = 8  # images of a strategy
-_SIDE = 64  # pixels of a crop in a strip
 _WORDS = {
     "relative_l2": "left out", "sparsity": "zeros", "stability": "unsteady", "w1": "W1", "frechet": "Fréchet",
     "ood": "off the data", "agreement": "predictions kept",
@@ -27,18 +28,11 @@ _WORDS = {
 
 def write_crops(folder: Output, found: HolisticConcepts, images: ImageSet) -> None:
     """Write ``crops/CLASS-CONCEPT.png``: where most of a concept is, in a row."""
-    from PIL import Image
-
     for view in found.classes:
         for i in map(int, view.order):
-            cut = _cuts(view.crops[i], found.side, images)
-            if not cut:
-                continue
-            strip = Image.new("RGB", (len(cut) * (_SIDE + 2) - 2, _SIDE), "white")
-            for place, crop in enumerate(cut):
-                tile = Image.fromarray(crop.repeat(3, 2) if crop.shape[2] == 1 else crop)
-                strip.paste(tile.resize((_SIDE, _SIDE), Image.Resampling.BILINEAR), (place * (_SIDE + 2), 0))
-            strip.save(folder.file(f"crops/class{view.class_id}-concept{i:02d}.png"))
+            cuts = _cuts(view.crops[i], found.side, images)
+            if cuts:
+                save_strip(folder.file(f"crops/class{view.class_id}-concept{i:02d}.png"), cuts)
 
 
 def write_page(
@@ -49,13 +43,8 @@ def write_page(
     from salience.cli.explain_concepts import class_name
 
     called = {view.class_id: class_name(view.class_id, names) for view in found.classes}
-    better = [called[view.class_id] for view in found.classes if view.proof.better]
-    good = bool(better) if better or all(view.proof.better is False for view in found.classes) else None
-    label = f"better than random orders in {len(better)} of {len(found.classes)} classes"
-    if len(found.classes) == 1:
-        label = {True: "better than random orders", None: "not decided"}.get(good, "no better than random orders here")
-    detail = "; ".join(f"{called[view.class_id]}: {view.proof.words}" for view in found.classes)
-    blocks: list[Any] = [report.verdict(label, detail, good), *_graph_blocks(report, found, images, called)]
+    proofs = {called[view.class_id]: view.proof for view in found.classes}
+    blocks: list[Any] = [class_verdict(report, proofs), *_graph_blocks(report, found, images, called)]
     for view in found.classes:
         blocks += _class_blocks(report, found, view, images, called[view.class_id])
     blocks += _extractor_blocks(report, found)
@@ -190,8 +179,7 @@ def _gallery(found: HolisticConcepts, view: ClassView, shown: list[int], images:
             picture = images.picture(int(view.crops[i][place][0]))
             row[_CROPS + 2 * place].imshow(picture, cmap="gray")
             row[_CROPS + 2 * place + 1].imshow(overlay(picture, heat.numpy()))
-    _bare(axes)
-    return figure
+    return bare(figure)
 
 
 def _examples(found: HolisticConcepts, images: ImageSet) -> Figure:
@@ -207,12 +195,4 @@ def _examples(found: HolisticConcepts, images: ImageSet) -> Figure:
         row[0].set_ylabel(f"strategy {number + 1}\n{concepts}", fontsize=8, rotation=0, ha="right", va="center")
         for axis, i in zip(row, node.images[np.argsort(far, kind="stable")], strict=False):
             axis.imshow(images.picture(int(found.rows[i])), cmap="gray")
-    _bare(axes)
-    return figure
-
-
-def _bare(axes: np.ndarray) -> None:
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
+    return bare(figure)

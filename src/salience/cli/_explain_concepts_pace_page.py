@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from salience.cli._concept_pages import bare, save_strip
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -23,15 +25,8 @@ _LEAST = 0.01  # of a concept in an image, to have a map
 
 def write_crops(folder: Output, found: PaceFound, images: ImageSet) -> None:
     """Write ``crops/conceptNN.png``: the patches nearest to a concept, in a row."""
-    from PIL import Image
-
     for k in range(len(found.patches)):
-        cut = _cuts(found, k, images)
-        strip = Image.new("RGB", (len(cut) * (_SIDE + 2) - 2, _SIDE), "white")
-        for place, patch in enumerate(cut):
-            tile = Image.fromarray(patch.repeat(3, 2) if patch.shape[2] == 1 else patch)
-            strip.paste(tile.resize((_SIDE, _SIDE), Image.Resampling.NEAREST), (place * (_SIDE + 2), 0))
-        strip.save(folder.file(f"crops/concept{k:02d}.png"))
+        save_strip(folder.file(f"crops/concept{k:02d}.png"), _cuts(found, k, images), _SIDE, smooth=False)
 
 
 def write_page(
@@ -124,7 +119,7 @@ def _gallery(found: PaceFound, shown: Sequence[int], speaks: list[str], images: 
         row[0].set_ylabel(f"concept {k}\n{share:.0%}, {speaks[k]}", fontsize=8, rotation=0, ha="right", va="center")
         for axis, cut in zip(row, _cuts(found, k, images), strict=False):
             axis.imshow(cut, cmap="gray", vmin=0, vmax=255)
-    return _bare(figure)
+    return bare(figure)
 
 
 def _images(found: PaceFound, chosen: Sequence[int], images: ImageSet) -> Figure:
@@ -147,7 +142,7 @@ def _images(found: PaceFound, chosen: Sequence[int], images: ImageSet) -> Figure
             large = np.kron(phi, np.ones(scale))
             axis.imshow(_painted(picture[: large.shape[0], : large.shape[1]], large))
             axis.set_title(f"concept {k}", fontsize=7)
-    return _bare(figure)
+    return bare(figure)
 
 
 def _painted(picture: np.ndarray, phi: np.ndarray) -> np.ndarray:
@@ -157,11 +152,3 @@ def _painted(picture: np.ndarray, phi: np.ndarray) -> np.ndarray:
     grey = picture.astype(np.float64).mean(2, keepdims=True).repeat(3, 2) / 255
     opacity = 0.15 + 0.7 * phi[..., None]
     return opacity * colormaps["inferno"](phi)[..., :3] + (1 - opacity) * grey
-
-
-def _bare(figure: Figure) -> Figure:
-    for axis in figure.axes:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    return figure
