@@ -162,9 +162,11 @@ class _Rows:
         return total
 
     def times(self, m: Float[Tensor, "p q"]) -> Float[Tensor, "n q"]:
+        """``A m``, block by block."""
         return torch.cat([a @ m for _, a in self])
 
     def transposed_times(self, m: Float[Tensor, "n q"]) -> Float[Tensor, "p q"]:
+        """``A^T m``, block by block."""
         total: Any = 0
         for where, a in self:
             total = total + (a.T @ m[where]).double()
@@ -279,6 +281,7 @@ def nnls(activations: Float[Tensor, "n p"], dictionary: Float[Tensor, "k p"]) ->
 class _NNLS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, activations: Tensor, dictionary: Tensor) -> Tensor:
+        """Codes by active sets, in blocks of bounded memory."""
         v = dictionary.double()
         gram = v @ v.T
         step = max(1, 2**22 // len(v) ** 2)
@@ -290,6 +293,7 @@ class _NNLS(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """``(V_S V_S^T)^-1 V_S`` on the positive codes S, 0 elsewhere."""
         codes, v, gram = ctx.saved_tensors
         active = codes > 1e-9 * codes.max() if codes.numel() else codes > 0
         step = max(1, 2**22 // len(v) ** 2)

@@ -111,6 +111,7 @@ class _Autoencoder(nn.Module):
         self.offset = nn.Parameter(torch.zeros(rows.shape[1], dtype=rows.dtype))
 
     def forward(self, x: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """Activations as the codes write them."""
         codes = _top((x - self.offset) @ self.encoder.T + self.threshold, self.n_active)
         return codes @ self.dictionary + self.offset
 

@@ -70,11 +70,13 @@ class _Watch(TorchFunctionMode):
             self._handles.append(module.register_forward_hook(lambda m, a, out, name=name: self._leave(name, out)))
 
     def remove(self) -> None:
+        """Take all hooks off."""
         for handle in self._handles:
             handle.remove()
 
     @staticmethod
     def depth(tensor: Tensor, depth: int) -> None:
+        """Note on a tensor how many layers with weights it went through."""
         tensor._salience_depth = depth  # type: ignore[attr-defined]
 
     def _enter(self, name: str, args: Any) -> None:

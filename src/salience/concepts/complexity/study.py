@@ -134,6 +134,7 @@ class _Run:
         self.files, self.signed = 0, False
 
     def measure(self, model: nn.Module, tell: Callable[[str, int, int], None]) -> ComplexityReport:
+        """All that is said of the finished network."""
         study = self.study
         example = _example(self.data[0], device_of(model))
         head = linear_head(model, example)
@@ -221,12 +222,14 @@ class _Run:
     def readability(
         self, train: Any, val: Any, z: Any, parts: Any, complexity: Decodability
     ) -> Float[np.ndarray, " k"]:
+        """How much of each feature the last layer tells."""
         if PENULTIMATE in parts:
             return complexity.information[complexity.names.index(PENULTIMATE)]
         pair = {PENULTIMATE: (train.layers[PENULTIMATE], val.layers[PENULTIMATE])}
         return time_to_decode(pair, z[0], z[1], self.study.ridge).information[0]
 
     def notes(self, report: ComplexityReport) -> None:
+        """What a reader of the figures has to know."""
         if report.complexity.dead:
             report.notes.append(f"{report.complexity.dead} of {len(report.complexity.live)} features are the same for "
                                 "all images of a part and have no score")  # fmt: skip
@@ -307,6 +310,7 @@ class _Split:
         self.inner = inner
 
     def encode(self, activations: Float[Tensor, "n p"]) -> Float[Tensor, "n k"]:
+        """Codes of activations of either sign."""
         return self.inner.encode(split_signs(activations))
 
 

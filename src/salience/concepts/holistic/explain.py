@@ -296,11 +296,13 @@ class _Weigher:
     random_state: int
 
     def encode(self, pictures: Tensor) -> Codes:
+        """Codes of pictures, batch by batch."""
         device = device_of(self.concepts.model)
         with torch.no_grad():
             return map_batches(lambda x: self.concepts.encode(x.to(device)), pictures, batch_size=self.batch_size)
 
     def phi(self, codes: Codes, pictures: Tensor, target: Any, method: str = "") -> Float[np.ndarray, "n k"]:
+        """Importance of each concept to each picture."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a code that an image lacks, a layer of one position
             return concept_importance(self.concepts, codes, pictures, target, method=method or self.method,
